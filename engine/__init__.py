@@ -1,0 +1,1 @@
+"""NEO's engine: requests, KV blocks, scheduling, the model and the public `LLM` API."""

@@ -1,0 +1,25 @@
+"""The errors NEO raises on purpose.
+
+Each message says what went wrong, where, what was expected, what was found and what to do. The
+command line prints it as one line; everything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class NeoError(Exception):
+    """Base class of every error a user can cause and mend."""
+
+
+class ConfigError(NeoError):
+    """An option, environment variable or machine property is unusable."""
+
+
+class CheckpointError(NeoError):
+    """A model folder, weight file or tokenizer is missing, broken or unsupported."""
+
+
+class CapacityError(NeoError):
+    """Memory does not suffice for what was asked."""
+
+
+class RequestError(NeoError):
+    """One request is invalid; others are not affected."""

@@ -1,0 +1,1 @@
+"""Triton kernels for the device side: attention, KV movement and fused small operations."""

@@ -1,0 +1,1 @@
+"""The `neo` command-line toolkit: argument parsing and terminal output over `engine`."""
