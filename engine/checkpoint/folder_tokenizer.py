@@ -1,0 +1,43 @@
+"""The tokenizer files of a model folder."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from engine.errors import CheckpointError
+
+TOKENIZER_FILE = "tokenizer.json"
+# Older formats that transformers converts, if the packages it wants for that are installed.
+CONVERTIBLE_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, without executing code of the model and without network.
+
+    tokenizer.json is taken as it is: the classes that transformers has for single models may
+    replace parts of it by what is usual for the model.
+
+    Raises:
+        CheckpointError: No tokenizer file is there, or it cannot be read.
+    """
+    is_convertible = any((folder / name).is_file() for name in CONVERTIBLE_FILES)
+    try:
+        if (folder / TOKENIZER_FILE).is_file():
+            fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+                folder, local_files_only=True
+            )
+            return fast
+        if is_convertible:
+            converted: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True
+            )
+            return converted
+    except Exception as error:  # tokenizers raises bare Exception, transformers nearly anything
+        first_line = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"cannot load the tokenizer in {folder}: {first_line}; download it again"
+        ) from error
+    raise CheckpointError(
+        f"{folder} holds no tokenizer: expected {TOKENIZER_FILE} (with tokenizer_config.json), "
+        f"or one of {', '.join(CONVERTIBLE_FILES)}"
+    )
