@@ -1,0 +1,297 @@
+"""Paged decode attention: one new token a sequence over a block-table-addressed KV pool.
+
+Bound by memory: every K and V byte of a (sequence, KV head) is read once, for all query heads of
+its group together. Sequences are cut into splits so that few sequences still fill the GPU; a
+second, small kernel merges the splits by log-sum-exp. The new token must already be in the pool.
+"""
+
+# Kernel bodies are Triton's language, not Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_kernels.checks import (
+    check_dense_rows,
+    check_float,
+    check_heads,
+    check_pool,
+    check_tensor,
+    require,
+)
+from gpu_kernels.tiles import (
+    MAX_SPLITS,
+    DecodeTiles,
+    decode_num_splits,
+    decode_tiles,
+    has_large_shared_memory,
+    num_multiprocessors,
+)
+
+MERGE_TILE_SPLITS = 8
+
+
+@triton.jit(do_not_specialize=["stride_table", "num_splits", "block_tables_ptr", "seq_lens_ptr"])
+def decode_attention_kernel(
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    scale_log2,
+    stride_out,
+    stride_q,
+    stride_block,
+    stride_table,
+    num_splits,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_G: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_N: tl.constexpr,
+    WRITE_PARTIALS: tl.constexpr,
+):
+    """Attends from one token's query group to one split of its sequence.
+
+    Grid (num_kv_heads, num_splits, num_seqs). A program owns one (KV head, split, sequence): the
+    GROUP_SIZE query heads of that KV head, over tiles [split * n, (split + 1) * n) of TILE_N
+    tokens. It writes the result itself when there is one split, else a normalised partial result
+    and its base-2 log-sum-exp. Splits past the end of the sequence write nothing.
+    """
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    num_q_heads = tl.num_programs(0) * GROUP_SIZE
+    seq_len = tl.load(seq_lens_ptr + seq)
+    tiles_per_split = tl.cdiv(tl.cdiv(seq_len, TILE_N), num_splits)
+    start = split * tiles_per_split * TILE_N
+    end = tl.minimum(start + tiles_per_split * TILE_N, seq_len)
+
+    offs_g = tl.arange(0, TILE_G)
+    offs_d = tl.arange(0, TILE_D)
+    offs_n = tl.arange(0, TILE_N)
+    q_head = kv_head * GROUP_SIZE + offs_g
+    q_mask = (offs_g < GROUP_SIZE)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    if start >= end:
+        if not WRITE_PARTIALS:
+            zeros = tl.zeros([TILE_G, TILE_D], dtype=out_ptr.dtype.element_ty)
+            out_offs = seq * stride_out + q_head[:, None] * HEAD_DIM + offs_d[None, :]
+            tl.store(out_ptr + out_offs, zeros, mask=q_mask)
+        return
+
+    q_offs = seq * stride_q + q_head[:, None] * HEAD_DIM + offs_d[None, :]
+    q = tl.load(q_ptr + q_offs, mask=q_mask, other=0.0)
+    table_ptr = block_tables_ptr + seq * stride_table
+    head_offs = kv_head * (BLOCK_SIZE * HEAD_DIM) + offs_d
+
+    row_max = tl.full([TILE_G], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([TILE_G], dtype=tl.float32)
+    acc = tl.zeros([TILE_G, TILE_D], dtype=tl.float32)
+    for tile_start in range(start, end, TILE_N):
+        token = tile_start + offs_n
+        in_split = token < end
+        block = tl.load(table_ptr + token // BLOCK_SIZE, mask=in_split, other=0).to(tl.int64)
+        row_offs = block * stride_block + (token % BLOCK_SIZE) * HEAD_DIM
+        kv_offs = row_offs[:, None] + head_offs[None, :]
+        kv_mask = in_split[:, None]
+        if TILE_D != HEAD_DIM:
+            kv_mask = kv_mask & (offs_d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + kv_offs, mask=kv_mask, other=0.0)
+        v = tl.load(v_ptr + kv_offs, mask=kv_mask, other=0.0)
+
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(in_split[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        rescale = tl.exp2(row_max - new_max)
+        weights = tl.exp2(scores - new_max[:, None])
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        row_max = new_max
+
+    acc = acc / row_sum[:, None]
+    if WRITE_PARTIALS:
+        row = (seq * num_q_heads + q_head) * num_splits + split
+        tl.store(partial_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=q_mask)
+        tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=offs_g < GROUP_SIZE)
+    else:
+        out_offs = seq * stride_out + q_head[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit(do_not_specialize=["num_splits", "tile_n", "seq_lens_ptr"])
+def merge_splits_kernel(
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    seq_lens_ptr,
+    stride_out,
+    num_splits,
+    tile_n,
+    HEAD_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_S: tl.constexpr,
+    TILE_ALL: tl.constexpr,
+):
+    """Merges the splits of one query head.
+
+    Grid (num_q_heads, num_seqs). A program owns one output row of HEAD_DIM elements. Only splits
+    that hold tokens are read: the others were never written. An empty sequence gives zeros.
+    """
+    q_head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    num_tiles = tl.cdiv(seq_len, tile_n)
+    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
+    num_used = tl.cdiv(num_tiles, tiles_per_split)
+
+    offs_d = tl.arange(0, TILE_D)
+    offs_s = tl.arange(0, TILE_S)
+    offs_all = tl.arange(0, TILE_ALL)
+    first = (seq * tl.num_programs(0) + q_head) * num_splits
+    lse_all = tl.load(lse_ptr + first + offs_all, mask=offs_all < num_used, other=float("-inf"))
+    lse_max = tl.maximum(tl.max(lse_all, 0), -1e30)
+
+    acc = tl.zeros([TILE_D], dtype=tl.float32)
+    total = 0.0
+    for split_start in range(0, num_used, TILE_S):
+        split = split_start + offs_s
+        used = split < num_used
+        lse = tl.load(lse_ptr + first + split, mask=used, other=float("-inf"))
+        weight = tl.exp2(lse - lse_max)
+        mask = used[:, None] & (offs_d < HEAD_DIM)[None, :]
+        partial_offs = (first + split)[:, None] * HEAD_DIM + offs_d[None, :]
+        partial = tl.load(partial_ptr + partial_offs, mask=mask, other=0.0)
+        acc += tl.sum(partial * weight[:, None], 0)
+        total += tl.sum(weight, 0)
+    acc = tl.where(num_used > 0, acc / tl.where(num_used > 0, total, 1.0), 0.0)
+    out_offs = seq * stride_out + q_head * HEAD_DIM + offs_d
+    tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+
+
+def paged_decode_workspace_size(
+    num_seqs: int, num_q_heads: int, head_dim: int, num_splits: int
+) -> int:
+    """Number of float32 elements that `paged_decode_attention` needs as workspace.
+
+    Args:
+        num_seqs: Rows of the batch (the largest, if one workspace serves several).
+        num_q_heads: Query heads.
+        head_dim: Elements a head.
+        num_splits: Splits a sequence; one split needs no workspace.
+
+    Returns:
+        Elements of a contiguous float32 tensor.
+    """
+    if num_splits == 1:
+        return 0
+    return num_seqs * num_q_heads * num_splits * (head_dim + 1)
+
+
+def paged_decode_attention(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    *,
+    max_seq_len: int,
+    num_splits: int | None = None,
+    workspace: torch.Tensor | None = None,
+    tiles: DecodeTiles | None = None,
+) -> None:
+    """Computes attention of one new token a sequence over its cached K and V.
+
+    Scores, softmax and sums are float32. Rows with seq_len 0 (padding of a captured batch) read
+    neither block table nor pool and give zeros. The result depends on `num_splits` and `tiles` by
+    rounding; fix both, or `max_seq_len`, where runs must repeat bit for bit.
+
+    Args:
+        out: [num_seqs, num_q_heads, head_dim], q's dtype, rows may be strided; overwritten.
+        q: [num_seqs, num_q_heads, head_dim], bfloat16, float16 or float32, rows may be strided.
+        k_cache: [num_blocks, num_kv_heads, block_size, head_dim], q's dtype; one layer's pool.
+        v_cache: Like k_cache.
+        block_tables: [num_seqs, max_blocks], int32; entries past a sequence's blocks are not read.
+        seq_lens: [num_seqs], int32, tokens, the new one included (its K and V are in the pool).
+        softmax_scale: Factor on q·k before the softmax.
+        max_seq_len: Host-side bound or estimate of the longest sequence, tokens; it steers
+            splits and tiles only, the result is right whatever it is.
+        num_splits: Splits a sequence, 1 to 64; None lets `decode_num_splits` choose.
+        workspace: Contiguous float32 tensor of at least `paged_decode_workspace_size` elements;
+            None allocates one (from the caching allocator, safe under graph capture).
+        tiles: Overrides the tile table; for tuning.
+
+    Raises:
+        ValueError: An argument's shape, dtype, stride, device or range is wrong.
+
+    Source:
+        Flash-decoding (Dao, Haziza, Massa, Sizov, 2023), https://pytorch.org/blog/flash-decoding/
+    """
+    check_float("q", q)
+    require(q.dim() == 3, "q", "shape [num_seqs, num_q_heads, head_dim]", list(q.shape))
+    num_seqs, num_q_heads, head_dim = q.shape
+    require(k_cache.dim() == 4, "k_cache", "4 dimensions", list(k_cache.shape))
+    num_kv_heads = k_cache.shape[1]
+    group_size = check_heads(num_q_heads, num_kv_heads, head_dim)
+    block_size = check_pool(k_cache, v_cache, num_kv_heads, head_dim, q)
+    check_tensor("out", out, q.shape, q.dtype, q.device)
+    check_dense_rows("q", q)
+    check_dense_rows("out", out)
+    check_tensor("block_tables", block_tables, (num_seqs, None), torch.int32, q.device)
+    check_dense_rows("block_tables", block_tables)
+    check_tensor("seq_lens", seq_lens, (num_seqs,), torch.int32, q.device)
+    require(seq_lens.is_contiguous(), "seq_lens", "a contiguous tensor", seq_lens.stride())
+    require(max_seq_len >= 1, "max_seq_len", "at least 1", max_seq_len)
+    if num_splits is None:
+        num_sms = num_multiprocessors(q.device)
+        num_splits = decode_num_splits(num_seqs, num_kv_heads, max_seq_len, num_sms)
+    require(1 <= num_splits <= MAX_SPLITS, "num_splits", f"1 to {MAX_SPLITS}", num_splits)
+    if num_seqs == 0:
+        return
+    if tiles is None:
+        large = has_large_shared_memory(q.device)
+        tiles = decode_tiles(head_dim, q.dtype, max_seq_len, large)
+    partial, lse = _split_workspace(out, num_splits, workspace)
+    tile_d = triton.next_power_of_2(head_dim)
+    decode_attention_kernel[(num_kv_heads, num_splits, num_seqs)](
+        out, partial, lse, q, k_cache, v_cache, block_tables, seq_lens,
+        softmax_scale * math.log2(math.e),
+        out.stride(0), q.stride(0), k_cache.stride(0), block_tables.stride(0), num_splits,
+        GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        TILE_G=16, TILE_D=tile_d, TILE_N=tiles.tile_n, WRITE_PARTIALS=num_splits > 1,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    if num_splits > 1:
+        merge_splits_kernel[(num_q_heads, num_seqs)](
+            out, partial, lse, seq_lens, out.stride(0), num_splits, tiles.tile_n,
+            HEAD_DIM=head_dim, TILE_D=tile_d, TILE_S=MERGE_TILE_SPLITS, TILE_ALL=MAX_SPLITS,
+            num_warps=1,
+        )  # fmt: skip
+
+
+def _split_workspace(
+    out: torch.Tensor, num_splits: int, workspace: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cuts the workspace into partial results and their log-sum-exps."""
+    num_seqs, num_q_heads, head_dim = out.shape
+    if num_splits == 1:
+        return out, out
+    size = paged_decode_workspace_size(num_seqs, num_q_heads, head_dim, num_splits)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.float32, device=out.device)
+    require(workspace.dtype == torch.float32, "workspace", "dtype float32", workspace.dtype)
+    require(workspace.device == out.device, "workspace", f"device {out.device}", workspace.device)
+    is_large_enough = workspace.is_contiguous() and workspace.numel() >= size
+    require(is_large_enough, "workspace", f"{size} contiguous elements", list(workspace.shape))
+    flat = workspace.view(-1)
+    num_rows = num_seqs * num_q_heads * num_splits
+    return flat[: num_rows * head_dim], flat[num_rows * head_dim : size]

@@ -1,0 +1,98 @@
+"""The tile sizes each attention kernel is launched with, keyed by shape class.
+
+Nothing is tuned at serving time: `python -m gpu_kernels.tune` prints the table these constants
+were read from. This file knows no kernel; launchers look their tiles up here.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTiles:
+    """How decode attention is cut: tokens a tile, warps a program, pipeline stages."""
+
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTiles:
+    """How prefill attention is cut: (token, head) rows and keys a tile, warps, pipeline stages."""
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a device; 1 for the CPU, where the interpreter runs."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may use 160 KiB of shared memory or more (A100, H100 and newer)."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(device) in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+
+
+def decode_tiles(
+    head_dim: int, dtype: torch.dtype, max_seq_len: int, large_shared_memory: bool
+) -> DecodeTiles:
+    """Tiles of paged decode attention for a shape class."""
+    if dtype == torch.float32:
+        return DecodeTiles(tile_n=32 if head_dim <= 128 else 16, num_warps=4, num_stages=2)
+    if not large_shared_memory or head_dim > 128:
+        return DecodeTiles(tile_n=64 if head_dim <= 128 else 32, num_warps=4, num_stages=2)
+    if max_seq_len < 2048:
+        return DecodeTiles(tile_n=128, num_warps=4, num_stages=2)
+    return DecodeTiles(tile_n=64, num_warps=4, num_stages=3)
+
+
+def prefill_tiles(head_dim: int, dtype: torch.dtype, large_shared_memory: bool) -> PrefillTiles:
+    """Tiles of paged prefill attention for a shape class."""
+    if dtype == torch.float32:
+        return PrefillTiles(
+            tile_m=32, tile_n=32 if head_dim <= 128 else 16, num_warps=4, num_stages=1
+        )
+    if not large_shared_memory:
+        return PrefillTiles(
+            tile_m=64, tile_n=64 if head_dim <= 128 else 32, num_warps=4, num_stages=2
+        )
+    if head_dim > 128:
+        return PrefillTiles(tile_m=128, tile_n=64, num_warps=8, num_stages=2)
+    return PrefillTiles(tile_m=128, tile_n=128, num_warps=8, num_stages=2)
+
+
+def decode_num_splits(num_seqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
+    """Chooses into how many splits decode attention cuts each sequence.
+
+    Two wishes, the larger wins: enough programs to fill the GPU twice, however short the splits
+    (down to 64 tokens); and twelve programs a multiprocessor, so that the last wave is a small
+    share, while splits stay at 512 tokens or longer.
+
+    Args:
+        num_seqs: Rows of the batch.
+        num_kv_heads: KV heads; a program owns one of them.
+        max_seq_len: Upper bound or estimate of the longest sequence, tokens.
+        num_sms: Multiprocessors of the GPU.
+
+    Returns:
+        Number of splits, 1 to MAX_SPLITS.
+    """
+    programs = max(1, num_seqs * num_kv_heads)
+    to_fill = min(-(-2 * num_sms // programs), -(-max_seq_len // 64))
+    to_balance = min(-(-12 * num_sms // programs), max_seq_len // 512)
+    return max(1, min(MAX_SPLITS, max(to_fill, to_balance)))
+
+
+MAX_SPLITS = 64

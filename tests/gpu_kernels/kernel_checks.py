@@ -1,0 +1,243 @@
+"""One check a kernel: run it on given shapes and compare with the oracle. Shared by all runners.
+
+The GPU tests call these with the house-style cases, the interpreter and the sanitizer with tiny
+ones, so that each comparison is written once.
+"""
+
+import torch
+
+from gpu_kernels.activation import silu_and_mul
+from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.pack_kv import pack_kv, unpack_kv
+from gpu_kernels.prefill_attention import paged_prefill_attention
+from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.store_kv import store_kv
+from tests.gpu_kernels import oracle
+from tests.gpu_kernels.inputs import cos_sin_cache, make_paged_batch, random_rows
+
+
+def poisoned(like: torch.Tensor) -> torch.Tensor:
+    """A NaN-filled output with the (possibly strided) layout of `like`'s rows."""
+    rows, heads, head_dim = like.shape
+    wide = torch.full((rows, (heads + 1) * head_dim), float("nan"), dtype=like.dtype)
+    return wide.to(like.device)[:, : heads * head_dim].view(rows, heads, head_dim)
+
+
+def check_decode(
+    seq_lens: list[int],
+    *,
+    num_kv_heads: int = 2,
+    group_size: int = 4,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+    num_splits: int | None = None,
+) -> None:
+    batch = make_paged_batch(seq_lens, num_kv_heads, head_dim, block_size, dtype, device)
+    q = random_rows(len(seq_lens), num_kv_heads * group_size, head_dim, dtype, device)
+    out = poisoned(q)
+    scale = head_dim**-0.5
+    paged_decode_attention(
+        out, q, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens, scale,
+        max_seq_len=max([*seq_lens, 1]), num_splits=num_splits,
+    )  # fmt: skip
+    for row, seq_len in enumerate(seq_lens):
+        if seq_len == 0:
+            assert (out[row] == 0).all()
+            continue
+        args = (q[row : row + 1], batch.k_seqs[row], batch.v_seqs[row], scale)
+        exact = oracle.attention(*args, torch.float32)
+        oracle.assert_close(out[row : row + 1], exact, oracle.attention(*args, dtype))
+
+
+def check_prefill(
+    lengths: list[tuple[int, int]],
+    *,
+    num_kv_heads: int = 2,
+    group_size: int = 4,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """`lengths` are (cached prefix, new tokens) of each sequence."""
+    seq_lens = [prefix + new for prefix, new in lengths]
+    batch = make_paged_batch(seq_lens, num_kv_heads, head_dim, block_size, dtype, device)
+    starts = [0]
+    for _, new in lengths:
+        starts.append(starts[-1] + new)
+    padding = 3
+    num_q_heads = num_kv_heads * group_size
+    q = random_rows(starts[-1] + padding, num_q_heads, head_dim, dtype, device)
+    out = poisoned(q)
+    scale = head_dim**-0.5
+    paged_prefill_attention(
+        out, q, batch.k_cache, batch.v_cache, batch.block_tables,
+        torch.tensor(starts, dtype=torch.int32, device=device), batch.seq_lens, scale,
+        max_seqlen_q=max([1, *(new for _, new in lengths)]),
+    )  # fmt: skip
+    assert torch.isnan(out[starts[-1] :]).all(), "padding rows were written"
+    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        if start == end:
+            continue
+        args = (q[start:end], batch.k_seqs[row], batch.v_seqs[row], scale)
+        exact = oracle.attention(*args, torch.float32)
+        oracle.assert_close(out[start:end], exact, oracle.attention(*args, dtype))
+
+
+def check_rope_store(
+    num_tokens: int,
+    *,
+    num_kv_heads: int = 2,
+    group_size: int = 4,
+    head_dim: int = 64,
+    rotary_dim: int | None = None,
+    block_size: int = 16,
+    with_norm: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """Rotates num_tokens rows; every third row has no slot."""
+    generator = torch.Generator().manual_seed(5)
+    num_q_heads = num_kv_heads * group_size
+    table = cos_sin_cache(512, rotary_dim or head_dim, device)
+    q = random_rows(num_tokens, num_q_heads, head_dim, dtype, device, seed=1)
+    k = random_rows(num_tokens, num_kv_heads, head_dim, dtype, device, seed=2)
+    v = random_rows(num_tokens, num_kv_heads, head_dim, dtype, device, seed=3)
+    positions = torch.randint(0, 512, (num_tokens,), generator=generator).to(device)
+    num_blocks = num_tokens // block_size + 2
+    slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+    slots[::3] = -1
+    slots = slots.to(device)
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    k_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
+    v_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
+    expected_v_cache, old_k_cache = v_cache.clone(), k_cache.clone()
+    weights = torch.randn(2, head_dim, generator=generator).to(dtype).to(device)
+    exact, plain = [], []
+    for x, weight in ((q, weights[0]), (k, weights[1])):
+        wide = oracle.rms_norm(x.float(), weight.float(), 1e-6) if with_norm else x.float()
+        half = oracle.rms_norm(x, weight, 1e-6) if with_norm else x
+        exact.append(oracle.rope(wide, positions, table))
+        plain.append(oracle.rope(half, positions, table.to(dtype)))
+    v_before = v.clone()
+    rope_store_kv(
+        q, k, v, positions, table, k_cache, v_cache, slots,
+        q_norm_weight=weights[0] if with_norm else None,
+        k_norm_weight=weights[1] if with_norm else None,
+    )  # fmt: skip
+    oracle.assert_close(q, exact[0], plain[0])
+    oracle.assert_close(k, exact[1], plain[1])
+    assert torch.equal(v, v_before)
+    expected_k_cache = old_k_cache
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected_k_cache[slot // block_size, :, slot % block_size] = k[token]
+            expected_v_cache[slot // block_size, :, slot % block_size] = v[token]
+    assert torch.equal(k_cache, expected_k_cache)
+    assert torch.equal(v_cache, expected_v_cache)
+
+
+def check_store(
+    num_tokens: int,
+    *,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    k = random_rows(num_tokens, num_kv_heads, head_dim, dtype, device, seed=2)
+    v = random_rows(num_tokens, num_kv_heads, head_dim, dtype, device, seed=3)
+    num_blocks = num_tokens // block_size + 2
+    slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+    slots[1::3] = -1
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    k_cache = torch.full(shape, 7.0, dtype=dtype, device=device)
+    v_cache = torch.full(shape, 8.0, dtype=dtype, device=device)
+    expected = k_cache.clone(), v_cache.clone()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            for cache, rows in zip(expected, (k, v), strict=True):
+                cache[slot // block_size, :, slot % block_size] = rows[token]
+    store_kv(k, v, k_cache, v_cache, slots.to(device))
+    assert torch.equal(k_cache, expected[0])
+    assert torch.equal(v_cache, expected[1])
+
+
+def check_pack(
+    num_ids: int,
+    *,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """Packs and unpacks shuffled blocks; from two ids on, the second is skipped."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (num_ids + 3, num_kv_heads, block_size, head_dim)
+    k_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
+    v_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
+    ids = torch.randperm(num_ids + 3, generator=generator)[:num_ids].to(torch.int32)
+    ids[1:2] = -1
+    ids = ids.to(device)
+    k_host = torch.full((num_ids, num_kv_heads, head_dim, block_size), 5.0).to(dtype).to(device)
+    v_host = torch.full((num_ids, num_kv_heads, block_size, head_dim), 6.0).to(dtype).to(device)
+    pack_kv(k_cache, v_cache, ids, k_host, v_host)
+    new_k, new_v = torch.full_like(k_cache, 9.0), torch.full_like(v_cache, 9.0)
+    unpack_kv(k_host, v_host, ids, new_k, new_v)
+    listed = ids.tolist()
+    for index, block in enumerate(listed):
+        if block < 0:
+            assert (k_host[index] == 5.0).all()
+            assert (v_host[index] == 6.0).all()
+            continue
+        assert torch.equal(k_host[index], k_cache[block].transpose(-1, -2))
+        assert torch.equal(v_host[index], v_cache[block])
+        assert torch.equal(new_k[block], k_cache[block])
+        assert torch.equal(new_v[block], v_cache[block])
+    for block in set(range(num_ids + 3)) - set(listed):
+        assert (new_k[block] == 9.0).all()
+        assert (new_v[block] == 9.0).all()
+
+
+def check_norm(
+    num_rows: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """Checks both norms; rows are strided views, the output of the second is its input."""
+    x = random_rows(num_rows, 1, hidden_size, dtype, device, seed=1)[:, 0]
+    residual = random_rows(num_rows, 1, hidden_size, dtype, device, seed=2)[:, 0]
+    weight = random_rows(1, 1, hidden_size, dtype, device, seed=3)[0, 0].clone()
+    out = torch.full((num_rows, hidden_size), float("nan"), dtype=dtype, device=device)
+    rms_norm(out, x, weight, 1e-5)
+    wide_weight = weight.float()
+    exact = oracle.rms_norm(x.float(), wide_weight, 1e-5)
+    oracle.assert_close(out, exact, oracle.rms_norm(x, weight, 1e-5))
+
+    total = residual + x
+    exact = oracle.rms_norm(total.float(), wide_weight, 1e-5)
+    plain = oracle.rms_norm(total, weight, 1e-5)
+    add_rms_norm(x, x, residual, weight, 1e-5)
+    assert torch.equal(residual, total)
+    oracle.assert_close(x, exact, plain)
+
+
+def check_silu(
+    num_rows: int,
+    intermediate_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    gate_up = random_rows(num_rows, 2, intermediate_size, dtype, device).flatten(1) * 3
+    out = torch.full((num_rows, intermediate_size), float("nan"), dtype=dtype, device=device)
+    silu_and_mul(out, gate_up)
+    oracle.assert_close(out, oracle.silu_and_mul(gate_up.float()), oracle.silu_and_mul(gate_up))

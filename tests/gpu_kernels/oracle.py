@@ -1,0 +1,69 @@
+"""Slow, obvious float32 references, written without looking at the kernels. Imported only by tests."""
+
+import torch
+
+
+def gather_kv(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """Returns one sequence's K or V as [seq_len, num_kv_heads, head_dim], in the cache's dtype."""
+    block_size = cache.shape[2]
+    rows = [
+        cache[int(block_table[token // block_size]), :, token % block_size]
+        for token in range(seq_len)
+    ]
+    return torch.stack(rows)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Causal attention of the last len(q) tokens, every step in `dtype`.
+
+    q [n, num_q_heads, head_dim]; k, v [seq_len, num_kv_heads, head_dim]; returns q's shape.
+    """
+    num_new, seq_len = q.shape[0], k.shape[0]
+    group_size = q.shape[1] // k.shape[1]
+    keys = k.to(dtype).repeat_interleave(group_size, dim=1)
+    values = v.to(dtype).repeat_interleave(group_size, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), keys) * softmax_scale
+    q_pos = torch.arange(seq_len - num_new, seq_len, device=q.device)
+    is_future = torch.arange(seq_len, device=q.device)[None, :] > q_pos[:, None]
+    scores = scores.masked_fill(is_future, float("-inf"))
+    return torch.einsum("hqk,khd->qhd", torch.softmax(scores, dim=-1), values)
+
+
+def rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotates [n, heads, head_dim] in cos_sin's dtype; elements past rotary_dim pass."""
+    rotary_dim = cos_sin.shape[1]
+    cos, sin = cos_sin[positions].chunk(2, dim=-1)
+    cos = torch.cat([cos, cos], dim=-1)[:, None, :]
+    sin = torch.cat([sin, sin], dim=-1)[:, None, :]
+    rotary = x[..., :rotary_dim].to(cos_sin.dtype)
+    low, high = rotary.chunk(2, dim=-1)
+    rotated = rotary * cos + torch.cat([-high, low], dim=-1) * sin
+    return torch.cat([rotated, x[..., rotary_dim:].to(cos_sin.dtype)], dim=-1)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalises the last dimension in float32, rounding as transformers does when x is half."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in gate_up's dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def assert_close(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+    """The house rule: max error at most twice that of plain torch in the kernel's dtype + 1e-5.
+
+    `exact` is the float32 reference, `plain` the same computed by torch in the kernel's dtype.
+    """
+    assert not torch.isnan(got).any(), "NaN in the result"
+    if got.numel() == 0:
+        return
+    error = (got.float() - exact.float()).abs().max().item()
+    allowed = 2 * (plain.float() - exact.float()).abs().max().item() + 1e-5
+    assert error <= allowed, f"max error {error:.3g}, allowed {allowed:.3g}"
