@@ -1,0 +1,184 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "attention_ispc.h"
+#include "shapes.h"
+#include "rows_ispc.h"
+
+namespace neo {
+
+namespace {
+
+constexpr float log2_e = 1.44269504088896340736f;
+
+int num_segments(int seq_len) {
+    return (seq_len + NEO_SEGMENT_TOKENS - 1) / NEO_SEGMENT_TOKENS;
+}
+
+// Floats that one segment leaves behind: acc [group, head_dim], max [group], sum [group].
+int64_t partial_size(const DecodeBatch &batch) {
+    const int group = batch.num_q_heads / batch.layer.num_kv_heads;
+    return int64_t(group) * (batch.layer.head_dim + 2);
+}
+
+void check(const DecodeBatch &batch) {
+    const int64_t capacity = int64_t(batch.max_blocks) * batch.layer.block_size;
+    for (int seq = 0; seq < batch.num_seqs; seq++) {
+        const int seq_len = batch.seq_lens[seq];
+        if (seq_len < 0 || seq_len > capacity)
+            throw std::invalid_argument(
+                "seq_lens[" + std::to_string(seq) + "]: expected 0 to " + std::to_string(capacity) +
+                " (what block_tables holds), got " + std::to_string(seq_len));
+        const int32_t *table = batch.block_tables + seq * batch.block_tables_stride;
+        const int used = (seq_len + batch.layer.block_size - 1) / batch.layer.block_size;
+        for (int i = 0; i < used; i++)
+            if (table[i] < 0 || table[i] >= batch.layer.num_blocks)
+                throw std::invalid_argument("block_tables[" + std::to_string(seq) + ", " +
+                                            std::to_string(i) +
+                                            "]: expected a block id from 0 to " +
+                                            std::to_string(batch.layer.num_blocks - 1) + ", got " +
+                                            std::to_string(table[i]));
+    }
+}
+
+// A row of batch.q, out, k or v, at one head.
+char *at(const Rows &rows, const DecodeBatch &batch, int seq, int head) {
+    const int64_t offset = seq * rows.stride + int64_t(head) * batch.layer.head_dim;
+    return static_cast<char *>(rows.data) + offset * int64_t(size_of(batch.element));
+}
+
+template <typename T>
+void call(void (*kernel)(ispc::Segment &, T *, T *, const T *, const T *), ispc::Segment &segment,
+          const KvLayer &layer, int kv_head, const void *k_new, const void *v_new) {
+    const int64_t offset = kv_head * layer.head_stride();
+    kernel(segment, static_cast<T *>(layer.k) + offset, static_cast<T *>(layer.v) + offset,
+           static_cast<const T *>(k_new), static_cast<const T *>(v_new));
+}
+
+} // namespace
+
+void DecodeAttention::run(const DecodeBatch &batch) {
+    check(batch);
+    cut(batch);
+    pool_.for_each(int64_t(tasks_.size()), [&](int64_t i) { attend(batch, tasks_[i]); });
+}
+
+// List the tasks, whole segments before the shorter last ones: small tasks last even out the end.
+void DecodeAttention::cut(const DecodeBatch &batch) {
+    const int num_kv_heads = batch.layer.num_kv_heads;
+    const size_t row_bytes =
+        size_t(batch.num_q_heads) * batch.layer.head_dim * size_of(batch.element);
+    const size_t num_counters = size_t(batch.num_seqs) * num_kv_heads;
+    if (num_counters > unfinished_size_) {
+        unfinished_ = std::make_unique<std::atomic<int>[]>(num_counters);
+        unfinished_size_ = num_counters;
+    }
+    tasks_.clear();
+    first_partial_.assign(batch.num_seqs, 0);
+    int64_t num_partials = 0;
+    for (int seq = 0; seq < batch.num_seqs; seq++) {
+        const int segments = num_segments(batch.seq_lens[seq]);
+        if (segments == 0)
+            std::memset(at(batch.out, batch, seq, 0), 0, row_bytes);
+        first_partial_[seq] = num_partials;
+        num_partials += segments > 1 ? int64_t(segments) * num_kv_heads : 0;
+        for (int head = 0; head < num_kv_heads; head++) {
+            unfinished_[size_t(seq) * num_kv_heads + head].store(segments,
+                                                                 std::memory_order_relaxed);
+            for (int segment = 0; segment + 1 < segments; segment++)
+                tasks_.push_back({seq, head, segment});
+        }
+    }
+    for (int seq = 0; seq < batch.num_seqs; seq++)
+        for (int head = 0; batch.seq_lens[seq] > 0 && head < num_kv_heads; head++)
+            tasks_.push_back({seq, head, num_segments(batch.seq_lens[seq]) - 1});
+    const size_t floats = size_t(num_partials * partial_size(batch));
+    if (floats > partials_.size())
+        partials_.resize(floats);
+}
+
+void DecodeAttention::attend(const DecodeBatch &batch, const Task &task) {
+    const KvLayer &layer = batch.layer;
+    const int head_dim = layer.head_dim;
+    const int group = batch.num_q_heads / layer.num_kv_heads;
+    const int seq_len = batch.seq_lens[task.seq];
+    const int segments = num_segments(seq_len);
+    alignas(64) float q[NEO_MAX_GROUP * NEO_MAX_HEAD_DIM];
+    alignas(64) float local[NEO_MAX_GROUP * (NEO_MAX_HEAD_DIM + 2)];
+    alignas(64) float row[NEO_MAX_HEAD_DIM];
+    alignas(64) float k_new[NEO_MAX_HEAD_DIM]; // room for any element type
+    alignas(64) float v_new[NEO_MAX_HEAD_DIM];
+
+    float *partial = local;
+    if (segments > 1) {
+        const int64_t index =
+            first_partial_[task.seq] + int64_t(task.kv_head) * segments + task.segment;
+        partial = partials_.data() + index * partial_size(batch);
+    }
+    ispc::Segment segment;
+    segment.block_table = batch.block_tables + task.seq * batch.block_tables_stride;
+    segment.block_stride = layer.block_stride();
+    segment.block_size = layer.block_size;
+    segment.head_dim = head_dim;
+    segment.group = group;
+    segment.token_begin = task.segment * NEO_SEGMENT_TOKENS;
+    segment.token_end = std::min(seq_len, segment.token_begin + NEO_SEGMENT_TOKENS);
+    segment.append = -1;
+    segment.q = q;
+    segment.acc = partial;
+    segment.max_score = partial + group * head_dim;
+    segment.sum = segment.max_score + group;
+
+    widen(q, at(batch.q, batch, task.seq, task.kv_head * group), batch.element, group * head_dim,
+          batch.softmax_scale * log2_e);
+    if (batch.k.data != nullptr && task.segment == segments - 1) {
+        segment.append = seq_len - 1;
+        widen(row, at(batch.k, batch, task.seq, task.kv_head), batch.element, head_dim);
+        narrow(k_new, layer.element, row, head_dim);
+        widen(row, at(batch.v, batch, task.seq, task.kv_head), batch.element, head_dim);
+        narrow(v_new, layer.element, row, head_dim);
+    }
+    switch (layer.element) {
+    case Element::bf16:
+        call<uint16_t>(ispc::attend_segment_bf16, segment, layer, task.kv_head, k_new, v_new);
+        break;
+    case Element::fp16:
+        call<uint16_t>(ispc::attend_segment_fp16, segment, layer, task.kv_head, k_new, v_new);
+        break;
+    case Element::fp32:
+        call<float>(ispc::attend_segment_fp32, segment, layer, task.kv_head, k_new, v_new);
+        break;
+    }
+    if (segments == 1) {
+        for (int g = 0; g < group; g++)
+            narrow(at(batch.out, batch, task.seq, task.kv_head * group + g), batch.element,
+                   partial + g * head_dim, head_dim, 1.0f / segment.sum[g]);
+        return;
+    }
+    std::atomic<int> &left = unfinished_[size_t(task.seq) * layer.num_kv_heads + task.kv_head];
+    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+        merge(batch, task, segments);
+}
+
+// Whoever finishes a request's last segment merges all of them, always in the same order.
+void DecodeAttention::merge(const DecodeBatch &batch, const Task &task, int segments) {
+    const int head_dim = batch.layer.head_dim;
+    const int group = batch.num_q_heads / batch.layer.num_kv_heads;
+    const int64_t stride = partial_size(batch);
+    const int64_t index = first_partial_[task.seq] + int64_t(task.kv_head) * segments;
+    const float *partial = partials_.data() + index * stride;
+    const float *max_score = partial + group * head_dim;
+    alignas(64) float row[NEO_MAX_HEAD_DIM];
+    for (int g = 0; g < group; g++) {
+        ispc::merge_segments(row, partial + g * head_dim, max_score + g, max_score + group + g,
+                             segments, stride, head_dim);
+        narrow(at(batch.out, batch, task.seq, task.kv_head * group + g), batch.element, row,
+               head_dim);
+    }
+}
+
+} // namespace neo
