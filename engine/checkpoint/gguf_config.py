@@ -15,6 +15,11 @@ MODEL_CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+SPECIAL_TOKEN_KEYS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}
 # Llama 3.1 to 3.3 differ in the factor only; GGUF keeps the resulting table, not the parameters.
 LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR = 1.0, 4.0
 LLAMA3_ORIGINAL_LENGTH = 8192
@@ -77,7 +82,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
         "dtype": _dtype(file),
-        **_token_ids(file),
+        **special_token_ids(file),
     }
     if window := meta.integer("attention.sliding_window", 0):
         config |= {"sliding_window": window, "use_sliding_window": True}
@@ -91,11 +96,24 @@ def gguf_generation_config(file: GGUFFile) -> dict[str, Any]:
 
     `eos_token_id` is a list when the file names an end-of-turn token beside the end of text.
     """
-    ids: dict[str, Any] = _token_ids(file)
+    ids: dict[str, Any] = dict(special_token_ids(file))
     stops = [ids.get("eos_token_id"), file.metadata.get("tokenizer.ggml.eot_token_id")]
     distinct = list(dict.fromkeys(stop for stop in stops if stop is not None))
     if len(distinct) > 1:
         ids["eos_token_id"] = distinct
+    return ids
+
+
+def special_token_ids(file: GGUFFile) -> dict[str, int]:
+    """Return the special tokens' ids under the names of config.json, such as `eos_token_id`.
+
+    Ids outside the vocabulary are left out: converters write -1 for "none" in various ways.
+    """
+    ids = {}
+    for name, key in SPECIAL_TOKEN_KEYS.items():
+        token_id = file.metadata.get(f"tokenizer.ggml.{key}")
+        if isinstance(token_id, int) and 0 <= token_id < _embedding_rows(file):
+            ids[name] = token_id
     return ids
 
 
@@ -116,7 +134,12 @@ class _Metadata:
 
     def real(self, key: str, default: float | None = None) -> float:
         """The shortest number that has this float32 value: 1e-05, not 9.999999747378752e-06."""
-        return float(str(np.float32(self._get(key, default))))
+        value = self._get(key, default)
+        if not isinstance(value, int | float):
+            raise CheckpointError(
+                f"{self._file.path}: {self._architecture}.{key} should be one number"
+            )
+        return float(str(np.float32(value)))
 
     def get(self, key: str) -> Any:
         return self._file.metadata.get(f"{self._architecture}.{key}")
@@ -132,12 +155,6 @@ def _embedding_rows(file: GGUFFile) -> int:
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: the tensor token_embd.weight is missing")
     return file.tensors["token_embd.weight"].shape[0]
-
-
-def _token_ids(file: GGUFFile) -> dict[str, int]:
-    names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-    ids = {new: file.metadata.get(f"tokenizer.ggml.{old}_token_id") for old, new in names.items()}
-    return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
 def _dtype(file: GGUFFile) -> str:

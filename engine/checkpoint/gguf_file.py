@@ -70,7 +70,7 @@ class GGUFFile:
             raise CheckpointError(f"cannot read the GGUF file {path}: {error}") from error
         try:
             self.metadata, self.tensors = _Parser(self._data).parse()
-        except (struct.error, ValueError, KeyError) as error:
+        except (struct.error, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a readable GGUF file: {error}; download or convert it again"
             ) from error

@@ -11,16 +11,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from engine.checkpoint.gguf_byte_bpe import PRE_TOKENIZERS, byte_bpe_tokenizer
+from engine.checkpoint.gguf_config import special_token_ids
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.checkpoint.gguf_sentencepiece import sentencepiece_tokenizer
 from engine.errors import CheckpointError
-
-SPECIAL_TOKENS = {
-    "bos": "bos_token",
-    "eos": "eos_token",
-    "unknown": "unk_token",
-    "padding": "pad_token",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +33,15 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     """
     metadata = file.metadata
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
+    if not isinstance(tokens, list) or not tokens:
         raise CheckpointError(f"{file.path} holds no tokenizer (tokenizer.ggml.tokens is missing)")
     types = metadata.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(tokens))
     if len(types) != len(tokens):
         raise CheckpointError(
             f"{file.path}: {len(tokens)} tokens, but {len(types)} token types: the file is broken"
         )
-    parts = _bare_tokenizer(file, tokens, types)
+    special = _special_tokens(file, tokens)
+    parts = _bare_tokenizer(file, tokens, types, special.get("unk_token") or tokens[0])
     _add_tokens(parts.tokenizer, tokens, types)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=parts.tokenizer,
@@ -54,11 +49,11 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        **_special_tokens(file, tokens),
+        **special,
     )
 
 
-def _bare_tokenizer(file: GGUFFile, tokens: list[str], types: list[int]) -> _Parts:
+def _bare_tokenizer(file: GGUFFile, tokens: list[str], types: list[int], unknown: str) -> _Parts:
     metadata = file.metadata
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "llama":
@@ -66,7 +61,6 @@ def _bare_tokenizer(file: GGUFFile, tokens: list[str], types: list[int]) -> _Par
         scores = metadata.get("tokenizer.ggml.scores")
         if not isinstance(scores, list) or len(scores) != len(tokens):
             raise CheckpointError(f"{file.path}: tokenizer.ggml.scores is missing or incomplete")
-        unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
         return _Parts(sentencepiece_tokenizer(tokens, types, scores, unknown, add_space), True)
     if kind != "gpt2":
         raise CheckpointError(
@@ -90,10 +84,11 @@ def _bare_tokenizer(file: GGUFFile, tokens: list[str], types: list[int]) -> _Par
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
     """Declare the tokens that are matched whole in the text; they keep their ids."""
-    control, user_defined = int(TokenType.CONTROL), int(TokenType.USER_DEFINED)
+    special = (int(TokenType.CONTROL), int(TokenType.UNKNOWN))
+    user_defined = int(TokenType.USER_DEFINED)
     typed = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, t in typed if t == control]
+        [AddedToken(token, normalized=False, special=True) for token, t in typed if t in special]
     )
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False) for token, t in typed if t == user_defined]
@@ -101,14 +96,12 @@ def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> No
 
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
-    named = {}
-    for key, name in SPECIAL_TOKENS.items():
-        token_id = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is None:
-            continue
-        if token_id >= len(tokens):
-            raise CheckpointError(
-                f"{file.path}: {key}_token_id is {token_id}, but there are {len(tokens)} tokens"
-            )
-        named[name] = tokens[token_id]
-    return named
+    """The tokens with a role, by the names that transformers gives the roles."""
+    ids = special_token_ids(file)
+    if isinstance(unknown := file.metadata.get("tokenizer.ggml.unknown_token_id"), int):
+        ids["unk_token_id"] = unknown
+    return {
+        name.removesuffix("_id"): tokens[token_id]
+        for name, token_id in ids.items()
+        if 0 <= token_id < len(tokens)
+    }

@@ -5,7 +5,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -56,9 +55,10 @@ def download_model(repo_id: str, revision: str | None, *, with_weights: bool) ->
             f"{repo_id!r}{at} is neither a local folder nor a model on the Hugging Face hub "
             "(if it is private, set HF_TOKEN)"
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # network errors have no common base over the hub's versions
+        first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{repo_id!r} is not a local folder, and the Hugging Face hub cannot be reached or "
-            "answered with an error: check the name and the network, or give the path of a folder"
+            f"{repo_id!r} is not a local folder, and downloading it from the Hugging Face hub "
+            f"failed ({first_line}): check name and network, or give the path of a model folder"
         ) from error
     return Path(folder)

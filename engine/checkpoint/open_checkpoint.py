@@ -46,16 +46,13 @@ def open_checkpoint(
         raise ConfigError(
             f"load_format {load_format!r} is unknown; choose from {', '.join(get_args(LoadFormat))}"
         )
-    with_weights = load_format != "dummy"
     if model is None:
-        if load_format == "gguf":
-            return open_gguf(default_model_gguf())
-        folder = default_model_folder(progress)
-        return open_folder(folder, DEFAULT_MODEL_NAME, with_weights=with_weights)
+        return _open_default(load_format, progress)
+    with_weights = load_format != "dummy"
     path = Path(model).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for any text that cannot be a path
         return _open_file(path, load_format)
-    if path.is_dir():
+    if str(model) and os.path.isdir(path):
         if load_format == "gguf":
             raise CheckpointError(f"{path} is a folder; give the path of the .gguf file itself")
         return open_folder(path, path.resolve().name, with_weights=with_weights)
@@ -68,6 +65,13 @@ def open_checkpoint(
         )
     folder = download_model(str(model), revision, with_weights=with_weights)
     return open_folder(folder, str(model), with_weights=with_weights)
+
+
+def _open_default(load_format: LoadFormat, progress: Progress | None) -> Checkpoint:
+    if load_format == "gguf":
+        return open_gguf(default_model_gguf())
+    folder = default_model_folder(progress)
+    return open_folder(folder, DEFAULT_MODEL_NAME, with_weights=load_format != "dummy")
 
 
 def _open_file(path: Path, load_format: LoadFormat) -> Checkpoint:
