@@ -32,6 +32,8 @@ from gpu_kernels.tiles import (
 )
 
 MERGE_TILE_SPLITS = 8
+# A max_seq_len of each class the tile table tells apart.
+SEQ_LEN_CLASSES = (1, 1 << 20)
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_splits", "block_tables_ptr", "seq_lens_ptr"])

@@ -233,5 +233,5 @@ def paged_prefill_attention(
         out.stride(0), q.stride(0), k_cache.stride(0), block_tables.stride(0), num_seqs,
         GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         TILE_M=tiles.tile_m, TILE_D=triton.next_power_of_2(head_dim), TILE_N=tiles.tile_n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
     )  # fmt: skip

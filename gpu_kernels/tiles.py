@@ -21,12 +21,16 @@ class DecodeTiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillTiles:
-    """How prefill attention is cut: (token, head) rows and keys a tile, warps, pipeline stages."""
+    """How prefill attention is cut: (token, head) rows and keys a tile, warps, pipeline stages.
+
+    max_registers caps the registers a thread, where two programs a multiprocessor pay for spills.
+    """
 
     tile_m: int
     tile_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @cache

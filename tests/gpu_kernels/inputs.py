@@ -41,8 +41,9 @@ def make_paged_batch(
         for cache, dense in zip(caches, seqs, strict=True):
             values = torch.randn(seq_len, num_kv_heads, head_dim, generator=generator)
             dense.append(values.to(dtype).to(device))
-            for token in range(seq_len):
-                cache[blocks[token // block_size], :, token % block_size] = values[token]
+            for index, block in enumerate(blocks):
+                part = values[index * block_size : (index + 1) * block_size]
+                cache[block, :, : len(part)] = part.transpose(0, 1)
     return PagedBatch(
         k_cache=caches[0].to(dtype).to(device),
         v_cache=caches[1].to(dtype).to(device),

@@ -1,16 +1,6 @@
-"""Slow, obvious float32 references, written without looking at the kernels. Imported only by tests."""
+"""Slow, obvious float32 references, independent of the kernels. Imported only by tests."""
 
 import torch
-
-
-def gather_kv(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """Returns one sequence's K or V as [seq_len, num_kv_heads, head_dim], in the cache's dtype."""
-    block_size = cache.shape[2]
-    rows = [
-        cache[int(block_table[token // block_size]), :, token % block_size]
-        for token in range(seq_len)
-    ]
-    return torch.stack(rows)
 
 
 def attention(

@@ -1,0 +1,137 @@
+"""Compiles all kernels of a model ahead of time, and counts what was compiled.
+
+Every launcher runs once on tiny tensors for each variant that serving can ask for; nothing else
+depends on run-time values, because the kernels do not specialise on them. Compiled code goes to
+Triton's cache on disk, so a later process only loads it.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpu_kernels import activation, decode_attention, norm, pack_kv, prefill_attention, rope_store
+from gpu_kernels import store_kv as store
+
+KERNELS: tuple[Any, ...] = (
+    decode_attention.decode_attention_kernel,
+    decode_attention.merge_splits_kernel,
+    prefill_attention.prefill_attention_kernel,
+    rope_store.rope_store_kernel,
+    store.store_kv_kernel,
+    pack_kv.pack_kv_kernel,
+    norm.rms_norm_kernel,
+    activation.silu_and_mul_kernel,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What of a model decides which kernels it needs."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    block_size: int
+    dtype: torch.dtype
+    rotary_dim: int | None = None
+    has_qk_norm: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledKernel:
+    """One launch of the warm-up and how long it took; `was_new` if it compiled or loaded code."""
+
+    name: str
+    seconds: float
+    was_new: bool
+
+
+def count_compiled_variants() -> int:
+    """Number of kernel variants this process holds on all devices.
+
+    Take it before and after serving: a difference is a variant that `precompile` missed and that
+    made a request wait for the compiler.
+    """
+    return sum(len(caches[0]) for kernel in KERNELS for caches in kernel.device_caches.values())
+
+
+def precompile(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
+    """Compiles every kernel variant that serving this model on this GPU can launch.
+
+    Args:
+        shape: The model's sizes, as held by one GPU.
+        device: A CUDA device; it must be the current one.
+
+    Returns:
+        One entry a launch, in order of compilation.
+    """
+    compiled = run_all_variants(shape, device)
+    torch.cuda.synchronize(device)
+    return compiled
+
+
+def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
+    """Launches every variant once on tiny tensors; see `precompile`."""
+    tokens, blocks = 2, 2
+    width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
+
+    def zeros(*sizes: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.zeros(sizes, dtype=dtype, device=device)
+
+    qkv = zeros(tokens, width)
+    q_width, kv_width = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    q, k, v = (
+        part.view(tokens, -1, shape.head_dim)
+        for part in qkv.split([q_width, kv_width, kv_width], dim=1)
+    )
+    out = zeros(tokens, shape.num_q_heads, shape.head_dim)
+    pool_shape = (blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    k_cache, v_cache = zeros(*pool_shape), zeros(*pool_shape)
+    k_host = zeros(blocks, shape.num_kv_heads, shape.head_dim, shape.block_size)
+    ids = torch.arange(blocks, dtype=torch.int32, device=device)
+    tables = zeros(tokens, 1, dtype=torch.int32)
+    seq_lens = torch.ones(tokens, dtype=torch.int32, device=device)
+    cu_seqlens_q = torch.arange(tokens + 1, dtype=torch.int32, device=device)
+    positions = torch.arange(tokens, dtype=torch.int64, device=device)
+    cos_sin = zeros(tokens, shape.rotary_dim or shape.head_dim, dtype=torch.float32)
+    head_weight = zeros(shape.head_dim) if shape.has_qk_norm else None
+    hidden, residual = zeros(tokens, shape.hidden_size), zeros(tokens, shape.hidden_size)
+    gate_up = zeros(tokens, 2 * shape.intermediate_size)
+    activated = zeros(tokens, shape.intermediate_size)
+    compiled: list[CompiledKernel] = []
+
+    def launch(name: str, launcher: Any, *args: Any, **kwargs: Any) -> None:
+        before, start = count_compiled_variants(), time.perf_counter()
+        launcher(*args, **kwargs)
+        was_new = count_compiled_variants() > before
+        seconds = time.perf_counter() - start
+        compiled.append(CompiledKernel(name=name, seconds=seconds, was_new=was_new))
+
+    for max_seq_len in decode_attention.SEQ_LEN_CLASSES:
+        for num_splits in (1, 2):
+            launch(
+                f"decode attention, {max_seq_len} tokens, {num_splits} splits",
+                decode_attention.paged_decode_attention,
+                out, q, k_cache, v_cache, tables, seq_lens, 1.0,
+                max_seq_len=max_seq_len, num_splits=num_splits,
+            )  # fmt: skip
+    launch(
+        "prefill attention", prefill_attention.paged_prefill_attention,
+        out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 1.0, max_seqlen_q=1,
+    )  # fmt: skip
+    launch(
+        "rope and store", rope_store.rope_store_kv,
+        q, k, v, positions, cos_sin, k_cache, v_cache, positions,
+        q_norm_weight=head_weight, k_norm_weight=head_weight,
+    )  # fmt: skip
+    launch("store", store.store_kv, k, v, k_cache, v_cache, positions)
+    launch("pack", pack_kv.pack_kv, k_cache, v_cache, ids, k_host, v_cache.clone())
+    launch("unpack", pack_kv.unpack_kv, k_host, v_cache.clone(), ids, k_cache, v_cache)
+    launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
+    launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)
+    launch("silu and mul", activation.silu_and_mul, activated, gate_up)
+    return compiled

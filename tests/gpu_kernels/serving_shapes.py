@@ -1,0 +1,62 @@
+"""Launches that differ only in run-time values; after `precompile` they must compile nothing."""
+
+import torch
+
+from gpu_kernels.activation import silu_and_mul
+from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.pack_kv import pack_kv, unpack_kv
+from gpu_kernels.prefill_attention import paged_prefill_attention
+from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.store_kv import store_kv
+from gpu_kernels.warmup import ModelShape
+
+
+def launch_serving_shapes(shape: ModelShape, device: str) -> None:
+    """Odd batch sizes and table widths, 1, multiples of 16, metadata at misaligned addresses."""
+    for num_rows, offset, max_seq_len in ((1, 1, 1), (3, 0, 5000), (16, 1, 300), (17, 2, 100_000)):
+        width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        qkv = torch.zeros(num_rows + 1, width, dtype=shape.dtype, device=device)[1:]
+        heads = qkv.view(num_rows, -1, shape.head_dim)
+        q, k, v = heads.split([shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        out = torch.zeros_like(q)
+        pool_shape = (num_rows + 5, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        pools = torch.zeros(3, 2, *pool_shape, dtype=shape.dtype, device=device)
+        k_cache, v_cache = pools[1]
+
+        def ints(*sizes: int, dtype: torch.dtype, offset: int = offset) -> torch.Tensor:
+            count = int(torch.Size(sizes).numel())
+            return torch.zeros(count + 4, dtype=dtype, device=device)[offset:][:count].view(sizes)
+
+        tables = ints(num_rows, 2 * num_rows + 1, dtype=torch.int32)
+        seq_lens = ints(num_rows, dtype=torch.int32) + 0
+        seq_lens = ints(num_rows, dtype=torch.int32).copy_(seq_lens)
+        for num_splits in (None, 1, 3, 16):
+            paged_decode_attention(
+                out, q, k_cache, v_cache, tables, seq_lens, 0.1,
+                max_seq_len=max_seq_len, num_splits=num_splits,
+            )  # fmt: skip
+        cu_seqlens_q = ints(num_rows + 1, dtype=torch.int32)
+        paged_prefill_attention(
+            out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 0.1, max_seqlen_q=num_rows
+        )
+        slots = ints(num_rows, dtype=torch.int64)
+        table = torch.zeros(1000, shape.rotary_dim or shape.head_dim, device=device)
+        weight = torch.ones(shape.head_dim, dtype=shape.dtype, device=device)
+        norm_weight = weight if shape.has_qk_norm else None
+        rope_store_kv(
+            q, k, v, slots, table, k_cache, v_cache, slots,
+            q_norm_weight=norm_weight, k_norm_weight=norm_weight,
+        )  # fmt: skip
+        store_kv(k, v, k_cache, v_cache, slots)
+        staging = torch.zeros(2, *pool_shape, dtype=shape.dtype, device=device)
+        k_host = staging[0].view(*pool_shape[:2], shape.head_dim, shape.block_size)
+        ids = ints(num_rows + 5, dtype=torch.int32).fill_(-1)
+        pack_kv(k_cache, v_cache, ids, k_host, staging[1])
+        unpack_kv(k_host, staging[1], ids, k_cache, v_cache)
+        hidden = torch.zeros(num_rows, shape.hidden_size, dtype=shape.dtype, device=device)
+        rms_norm(hidden, hidden, hidden[0].clone(), 1e-5)
+        add_rms_norm(hidden, hidden, hidden.clone(), hidden[0].clone(), 1e-5)
+        sizes = (num_rows, 2 * shape.intermediate_size)
+        gate_up = torch.zeros(sizes, dtype=shape.dtype, device=device)
+        silu_and_mul(gate_up[:, : shape.intermediate_size].clone(), gate_up)
