@@ -199,7 +199,7 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
     stored = dequantize(
         file.rows("rope_freqs.weight"), file.tensors["rope_freqs.weight"].quant_type
     ).ravel()
-    factor = float(str(np.float32(stored.max())))
+    factor = round(float(stored.max()), 3)
     if factor == 1.0 and stored.min() == 1.0:
         return None
     expected = llama3_divisors(factor, theta, head_dim)

@@ -1,0 +1,6 @@
+"""The seam between the engine and its kernels: the only place that imports a kernel package."""
+
+from engine.backends.base import AttentionShape, Backend, LayerNorms
+from engine.backends.select import make_backend, resolve_device
+
+__all__ = ["AttentionShape", "Backend", "LayerNorms", "make_backend", "resolve_device"]

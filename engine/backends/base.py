@@ -1,0 +1,103 @@
+"""What the model needs of a device, whoever plays it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.batch import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """The attention heads of a model and the KV cache made for them.
+
+    Args:
+        num_layers: Layers with a cache of their own.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Elements of a head.
+        block_size: Tokens of a KV block.
+        dtype: Of the KV cache.
+    """
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the scores."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of K and V over all layers."""
+        elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size
+        return elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """Weights of the RMS norms on the heads of Q and K, `[head_dim]` each."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
+
+
+class Backend(Protocol):
+    """Kernels and KV cache of one device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+    @property
+    def description(self) -> str:
+        """What computes what, for people."""
+
+    def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
+        """Make the device pool.
+
+        Raises:
+            CapacityError: Memory does not suffice.
+        """
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return `x` normalised over its last dimension and scaled, in the dtype of `x`."""
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Add `x` to `residual` in place and return the norm of the sum."""
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return `silu(gate) * up` for `gate_up` of `[T, 2 * I]`: `[T, I]`."""
+
+    def attention(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        batch: Batch,
+        norms: LayerNorms | None,
+    ) -> torch.Tensor:
+        """Normalise and rotate heads, store K and V, and attend causally to all of a request.
+
+        Args:
+            layer: Whose cache to use.
+            qkv: `[T, (num_q_heads + 2 * num_kv_heads) * head_dim]`; may be overwritten.
+            cos_sin: `[positions, head_dim]`, float32, see `RopeConfig.cos_sin_cache`.
+            batch: The step.
+            norms: Norms on the heads of Q and K, for models that have them.
+
+        Returns:
+            `[T, num_q_heads * head_dim]`, in the dtype of `qkv`.
+        """
+
+    def close(self) -> None:
+        """Release threads and memory; the backend is unusable afterwards."""

@@ -1,0 +1,312 @@
+"""The engine: requests go in, tokens and text come out, one step at a time."""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.checkpoint import open_checkpoint
+from engine.config import EngineConfig
+from engine.detokenizer import IncrementalDetokenizer
+from engine.errors import CheckpointError, RequestError
+from engine.outputs import CompletionOutput, RequestOutput, request_metrics
+from engine.request import FinishReason, Request
+from engine.runner import ModelRunner
+from engine.sampler import TokenLogprobs
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, StepPlan
+
+Prompt = str | Sequence[int]
+ChatMessage = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What the engine has done since it started.
+
+    `prefill_tokens` and `decode_tokens` went through the model; `step_time_s` is the time spent in
+    `step`, in seconds.
+    """
+
+    num_steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    generated_tokens: int = 0
+    num_preemptions: int = 0
+    prefill_step_time_s: float = 0.0
+    decode_step_time_s: float = 0.0
+    load_time_s: float = 0.0
+    peak_used_blocks: int = 0
+
+    @property
+    def step_time_s(self) -> float:
+        """Time in steps, with and without prefills."""
+        return self.prefill_step_time_s + self.decode_step_time_s
+
+    def record(self, plan: StepPlan, used_blocks: int) -> None:
+        """Count a step that was computed, before its tokens are appended."""
+        self.num_steps += 1
+        self.decode_tokens += len(plan.decodes)
+        self.prefill_tokens += plan.num_tokens - len(plan.decodes)
+        self.generated_tokens += len(plan.sampling)
+        self.num_preemptions += len(plan.preempted)
+        self.peak_used_blocks = max(self.peak_used_blocks, used_blocks)
+
+    def add_time(self, plan: StepPlan, seconds: float) -> None:
+        """Add a step's duration."""
+        if plan.prefills:
+            self.prefill_step_time_s += seconds
+        else:
+            self.decode_step_time_s += seconds
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What a request has produced beyond its tokens."""
+
+    request: Request
+    prompt: str | None
+    detokenizer: IncrementalDetokenizer | None
+    logprobs: list[TokenLogprobs] | None
+    new_text: str = ""
+
+    def output(self) -> RequestOutput:
+        request = self.request
+        reason = request.finish_reason
+        logprobs = self.logprobs
+        completion = CompletionOutput(
+            text=self.detokenizer.text if self.detokenizer else "",
+            new_text=self.new_text,
+            token_ids=list(request.output_token_ids),
+            logprobs=None if logprobs is None else list(logprobs),
+            cumulative_logprob=None if logprobs is None else sum(p.logprob for p in logprobs),
+            finish_reason=reason.value if reason else None,
+            stop_reason=request.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion],
+            finished=request.is_finished,
+            metrics=request_metrics(request),
+        )
+
+
+class LLMEngine:
+    """Serves requests by continuous batching, one `step` after the other. Not thread-safe.
+
+    Args:
+        config: The options.
+        on_progress: Told what is going on while the engine starts, one line at a time.
+
+    Raises:
+        NeoError: The model, the options or the machine do not allow it; see `ModelRunner`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, on_progress: Callable[[str], None] = lambda line: None
+    ) -> None:
+        start = time.monotonic()
+        self.config = config
+        checkpoint = open_checkpoint(
+            config.model,
+            load_format=config.load_format,
+            revision=config.revision,
+            progress=lambda done, total: on_progress(
+                f"converting the default model, once: {done} of {total} tensors"
+            ),
+        )
+        self.model_name = checkpoint.name
+        try:
+            self.tokenizer: Any = checkpoint.load_tokenizer()
+        except CheckpointError:
+            if config.load_format != "dummy":
+                raise
+            self.tokenizer = None  # dummy weights say nothing; tokens in, tokens out
+        self._runner = ModelRunner(config, checkpoint, on_progress)
+        self._scheduler = Scheduler(config.scheduler, self._runner.pool)
+        self._streams: dict[str, _Stream] = {}
+        self._rng = random.Random(config.seed)
+        self.stats = EngineStats(load_time_s=time.monotonic() - start)
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model on its device."""
+        return self._runner
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The queue of requests."""
+        return self._scheduler
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request, prompt and output together."""
+        return self._runner.max_model_len
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: Unique among unfinished requests.
+            prompt: Text, or token ids.
+            params: Sampling options; the default is `SamplingParams()`.
+
+        Raises:
+            RequestError: The id is taken, or the prompt is empty, too long or out of vocabulary.
+        """
+        if request_id in self._streams:
+            raise RequestError(f"request id {request_id!r} is already in use")
+        params = params or SamplingParams()
+        token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        self._check_tokens(token_ids)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the model folder has none")
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_total_tokens=self.max_model_len,
+            eos_token_ids=self._runner.model_config.eos_token_ids,
+            seed=self._rng.getrandbits(64) if params.seed is None else params.seed,
+        )
+        self._streams[request_id] = _Stream(
+            request=request,
+            prompt=prompt if isinstance(prompt, str) else None,
+            detokenizer=self._detokenizer(params),
+            logprobs=None if params.logprobs is None else [],
+        )
+        self._scheduler.add(request)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text, with the special tokens that the model puts around it.
+
+        Raises:
+            RequestError: The text is empty, or there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer, and the model folder has none")
+        if not text:
+            raise RequestError("the prompt is empty; give at least one character")
+        return list(self.tokenizer.encode(text))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat_prompt` works."""
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+        vocab_size = self._runner.model_config.vocab_size
+        if not token_ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        if max(token_ids) >= vocab_size or min(token_ids) < 0:
+            raise RequestError(f"prompt token ids must be from 0 to {vocab_size - 1}")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; with a context of {self.max_model_len} "
+                f"tokens it may have {self.max_model_len - 1}; shorten it or raise --max-model-len"
+            )
+
+    def _detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer | None:
+        if self.tokenizer is None:
+            return None
+        return IncrementalDetokenizer(
+            self.tokenizer,
+            stop=params.stop,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop_str=params.include_stop_str_in_output,
+        )
+
+    def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the tokens of a conversation, ready for the assistant's answer.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+
+        Raises:
+            RequestError: The model has no chat template, or it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError("the model has no chat template; use --raw")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever the model's own template raises
+            raise RequestError(f"the chat template refuses the messages: {error}") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def has_unfinished_requests(self) -> bool:
+        """Return whether there is anything left to do."""
+        return bool(self._streams)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step.
+
+        Returns:
+            One output for every request that got a token. If the step fails, all its requests are
+            aborted before the error goes on.
+        """
+        start = time.monotonic()
+        plan = self._scheduler.plan_step()
+        if plan.is_empty:
+            return []
+        try:
+            sampled = self._runner.execute(plan)
+        except BaseException:
+            for item in plan.scheduled:
+                self.abort_request(item.request.request_id)
+            raise
+        sampling = plan.sampling
+        self.stats.record(plan, self._runner.pool.num_used)
+        self._scheduler.complete_step(plan, sampled.token_ids)
+        outputs = [
+            self._advance(self._streams[item.request.request_id], logprobs)
+            for item, logprobs in zip(sampling, sampled.logprobs, strict=True)
+        ]
+        self.stats.add_time(plan, time.monotonic() - start)
+        return outputs
+
+    def _advance(self, stream: _Stream, logprobs: TokenLogprobs | None) -> RequestOutput:
+        """Turn a request's newest token into text, and end the request at a stop string."""
+        request, detokenizer = stream.request, stream.detokenizer
+        if stream.logprobs is not None and logprobs is not None:
+            stream.logprobs.append(logprobs)
+        if detokenizer is not None:
+            stream.new_text = detokenizer.append(request.output_token_ids[-1])
+            if detokenizer.stop_string is not None:
+                # Also when the length ended it in the same step: the text is cut at the string.
+                request.finish(FinishReason.STOP, detokenizer.stop_string)
+                self._scheduler.release(request)
+            elif request.is_finished:
+                stream.new_text += detokenizer.finish()
+        output = stream.output()
+        if request.is_finished:
+            del self._streams[request.request_id]
+        return output
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free its blocks.
+
+        Returns:
+            What it had produced; None if there is no such unfinished request.
+        """
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
+            return None
+        stream.request.finish(FinishReason.ABORT)
+        self._scheduler.release(stream.request)
+        if stream.detokenizer is not None:
+            stream.new_text = stream.detokenizer.finish()
+        return stream.output()
+
+    def close(self) -> None:
+        """Abort what is left and release threads and memory."""
+        for request_id in list(self._streams):
+            self.abort_request(request_id)
+        self._runner.close()

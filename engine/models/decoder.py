@@ -1,0 +1,124 @@
+"""The dense decoder that Llama, Mistral, Qwen2, Qwen3 and SmolLM2 have in common.
+
+Each layer is split where attention happens, so that a pipeline can run the two halves of different
+sub-batches in any order: `before_attention`, the backend's attention, `after_attention`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from engine.backends import AttentionShape, Backend, LayerNorms
+from engine.batch import Batch
+from engine.model_config import ModelConfig
+from engine.models.weights import ModelWeights
+
+
+class DecoderModel:
+    """A decoder on one device.
+
+    Args:
+        config: The model's shape.
+        weights: Its parameters, filled.
+        backend: Kernels and KV cache.
+        max_model_len: Most tokens of a request; sizes the table of rotary angles.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, backend: Backend, max_model_len: int
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self._backend = backend
+        self._cos_sin = config.rope.cos_sin_cache(max_model_len, backend.device)
+        self._norms = [
+            LayerNorms(layer.q_norm, layer.k_norm, config.rms_norm_eps)
+            if layer.q_norm is not None and layer.k_norm is not None
+            else None
+            for layer in weights.layers
+        ]
+
+    def attention_shape(self, block_size: int) -> AttentionShape:
+        """Return what the backend must know to make the KV cache."""
+        return AttentionShape(
+            num_layers=self.config.num_layers,
+            num_q_heads=self.config.num_q_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            block_size=block_size,
+            dtype=self.weights.embedding.dtype,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Run a batch through all layers.
+
+        Args:
+            batch: The step's input, T tokens.
+
+        Returns:
+            Logits of the rows in `batch.logits_rows`, `[L, vocab_size]`, float32.
+        """
+        hidden = F.embedding(batch.input_ids, self.weights.embedding)
+        residual: torch.Tensor | None = None
+        for layer in range(self.config.num_layers):
+            qkv, residual = self.before_attention(layer, hidden, residual)
+            attended = self._backend.attention(layer, qkv, self._cos_sin, batch, self._norms[layer])
+            hidden, residual = self.after_attention(layer, attended, residual)
+        assert residual is not None
+        return self.logits(hidden, residual, batch.logits_rows)
+
+    def before_attention(
+        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise and project to Q, K and V.
+
+        Args:
+            layer: Index of the layer.
+            hidden: `[T, H]`: the embedding, or the last layer's MLP output.
+            residual: `[T, H]`, updated in place; None before the first layer.
+
+        Returns:
+            Q, K and V side by side, `[T, (num_q_heads + 2 * num_kv_heads) * head_dim]`, and the
+            residual stream.
+        """
+        weights = self.weights.layers[layer]
+        eps = self.config.rms_norm_eps
+        if residual is None:
+            residual = hidden
+            normed = self._backend.rms_norm(hidden, weights.input_norm, eps)
+        else:
+            normed = self._backend.add_rms_norm(hidden, residual, weights.input_norm, eps)
+        return F.linear(normed, weights.qkv, weights.qkv_bias), residual
+
+    def after_attention(
+        self, layer: int, attended: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project the attention's output and run the MLP.
+
+        Args:
+            layer: Index of the layer.
+            attended: `[T, num_q_heads * head_dim]`.
+            residual: `[T, H]`, updated in place.
+
+        Returns:
+            The MLP's output, not yet added to the residual stream, and that stream.
+        """
+        weights = self.weights.layers[layer]
+        out = F.linear(attended, weights.out, weights.out_bias)
+        normed = self._backend.add_rms_norm(
+            out, residual, weights.mlp_norm, self.config.rms_norm_eps
+        )
+        gate_up = F.linear(normed, weights.gate_up, weights.gate_up_bias)
+        return F.linear(
+            self._backend.silu_and_mul(gate_up), weights.down, weights.down_bias
+        ), residual
+
+    def logits(
+        self, hidden: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the head's output for some rows: `[L, vocab_size]`, float32."""
+        hidden, residual = hidden[rows], residual[rows]
+        normed = self._backend.add_rms_norm(
+            hidden, residual, self.weights.final_norm, self.config.rms_norm_eps
+        )
+        return F.linear(normed, self.weights.lm_head).float()

@@ -1,0 +1,116 @@
+"""`neo build-kernels`: compile, check and measure NEO's own kernels."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.errors import ConfigError, NeoError
+
+
+def build_kernels(
+    force: Annotated[bool, typer.Option(help="Build even if everything is up to date.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show the compilers' output.")] = False,
+    check: Annotated[bool, typer.Option(help="Compare the kernels with torch afterwards.")] = False,
+    bench: Annotated[
+        bool, typer.Option(help="Measure attention beside plain reading of memory.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results of --check and --bench as JSON.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads for --check and --bench; all cores but one if left out."),
+    ] = None,
+    ispc_objects: Annotated[
+        Path | None,
+        typer.Option(help="Link ISPC objects from this folder instead of compiling them."),
+    ] = None,
+    export_ispc_objects: Annotated[
+        Path | None,
+        typer.Option(help="Also write the ISPC objects here, for a machine without ISPC."),
+    ] = None,
+) -> int:
+    """Compile the CPU attention kernels into the cache folder; nothing to do if up to date."""
+    from cpu_kernels import build as kernels
+    from cpu_kernels.errors import KernelBuildError
+    from engine.paths import cache_dir, writable_cache_dir
+    from neo_cli.progress import loading_status
+
+    if threads is not None and threads < 1:
+        raise typer.BadParameter(f"threads must be at least 1, got {threads}")
+    try:
+        fresh = not force and kernels.is_built(cache_dir()) is not None
+        writable_cache_dir()
+        with loading_status() as on_progress:
+            built = kernels.build(
+                cache_dir(),
+                force=force,
+                verbose=verbose,
+                ispc_objects=ispc_objects,
+                on_progress=on_progress,
+            )
+            if export_ispc_objects is not None:
+                kernels.export_ispc_objects(
+                    cache_dir(), export_ispc_objects, on_progress=on_progress
+                )
+        if not as_json:
+            print(f"CPU kernels {'are up to date' if fresh else 'built'}: {built}")
+        results: dict[str, Any] = {"module": str(built)}
+        passed = True
+        if check:
+            results["check"], passed = _check(threads, as_json)
+        if bench:
+            results["bench"] = _bench(threads, as_json)
+    except KernelBuildError as error:
+        raise ConfigError(str(error)) from error
+    if as_json:
+        print(json.dumps(results, indent=2))
+    if not passed:
+        raise NeoError("the CPU kernels failed their numeric self-test; rebuild with --force")
+    return 0
+
+
+def _check(threads: int | None, quiet: bool) -> tuple[list[dict[str, Any]], bool]:
+    """Run the numeric self-test and print it unless `quiet`."""
+    from dataclasses import asdict
+
+    from cpu_kernels.selftest import run_selftest
+    from engine.paths import cache_dir
+
+    results = [asdict(result) for result in run_selftest(cache_dir(), threads)]
+    if not quiet:
+        _print_table("self-test against float32 torch", results)
+    return results, all(result["passed"] for result in results)
+
+
+def _bench(threads: int | None, quiet: bool) -> list[dict[str, Any]]:
+    """Measure attention and plain reading and print both unless `quiet`."""
+    from dataclasses import asdict
+
+    from cpu_kernels.bench import run_bench
+    from engine.paths import cache_dir
+
+    results = [asdict(result) for result in run_bench(cache_dir(), threads)]
+    if not quiet:
+        _print_table("decode attention beside plain reading, GB/s", results)
+    return results
+
+
+def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,249 @@
+"""`neo generate`: complete or answer prompts from the terminal."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, RequestError
+from engine.sampling_params import SamplingParams
+from engine.scheduler import SchedulerConfig
+from neo_cli import options as opt
+from neo_cli.options import OUTPUT_PANEL, SAMPLING_PANEL, default, option
+from neo_cli.prompts import ChatPrompt, InputPrompt, read_prompts
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+DEFAULT_MAX_TOKENS = 256
+
+
+def _sampling_default(name: str) -> Any:
+    return default(SamplingParams, name)
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Prompts; standard input if there are none, or for `-`."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        option("Prompts from a file: text, one a line, or .jsonl.", OUTPUT_PANEL),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        option(
+            "Use the model's chat template or not; it is used if there is one.",
+            OUTPUT_PANEL,
+            "--chat/--raw",
+        ),
+    ] = None,
+    system: Annotated[str | None, option("System message of the chat.", OUTPUT_PANEL)] = None,
+    json_lines: Annotated[
+        bool, option("Print one JSON object a prompt.", OUTPUT_PANEL, "--json")
+    ] = False,
+    stats: Annotated[bool, option("Print a table of statistics last.", OUTPUT_PANEL)] = False,
+    max_tokens: Annotated[
+        int, option("Most tokens to generate.", SAMPLING_PANEL)
+    ] = DEFAULT_MAX_TOKENS,
+    min_tokens: Annotated[
+        int, option("No stop condition holds before this many tokens.", SAMPLING_PANEL)
+    ] = _sampling_default("min_tokens"),
+    temperature: Annotated[
+        float, option("0 is greedy.", SAMPLING_PANEL, "--temperature", "-t")
+    ] = _sampling_default("temperature"),
+    top_k: Annotated[
+        int, option("Sample from the k likeliest tokens; 0 is all.", SAMPLING_PANEL)
+    ] = _sampling_default("top_k"),
+    top_p: Annotated[
+        float, option("Sample from the likeliest tokens of this total.", SAMPLING_PANEL)
+    ] = _sampling_default("top_p"),
+    min_p: Annotated[
+        float, option("Drop tokens below this share of the likeliest.", SAMPLING_PANEL)
+    ] = _sampling_default("min_p"),
+    repetition_penalty: Annotated[
+        float, option("Above 1 discourages tokens seen before.", SAMPLING_PANEL)
+    ] = _sampling_default("repetition_penalty"),
+    presence_penalty: Annotated[
+        float, option("Subtracted from logits of generated tokens.", SAMPLING_PANEL)
+    ] = _sampling_default("presence_penalty"),
+    frequency_penalty: Annotated[
+        float, option("The same, once per occurrence.", SAMPLING_PANEL)
+    ] = _sampling_default("frequency_penalty"),
+    seed: Annotated[
+        int | None,
+        option("Makes sampling reproducible; also seeds dummy weights.", SAMPLING_PANEL),
+    ] = _sampling_default("seed"),
+    logit_bias: Annotated[
+        list[str] | None,
+        option("TOKEN_ID=BIAS, added to a token's logit; repeatable.", SAMPLING_PANEL),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, option("A string that ends the text; repeatable.", SAMPLING_PANEL)
+    ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        option("A token id that ends the text; repeatable.", SAMPLING_PANEL, "--stop-token-id"),
+    ] = None,
+    include_stop_str_in_output: Annotated[
+        bool, option("Keep the stop string in the text.", SAMPLING_PANEL)
+    ] = _sampling_default("include_stop_str_in_output"),
+    ignore_eos: Annotated[
+        bool, option("Go on after the end-of-sequence token.", SAMPLING_PANEL)
+    ] = _sampling_default("ignore_eos"),
+    skip_special_tokens: Annotated[
+        bool, option("Leave special tokens out of the text.", SAMPLING_PANEL)
+    ] = _sampling_default("skip_special_tokens"),
+    logprobs: Annotated[
+        int | None,
+        option("Log-probabilities of this many likeliest tokens, with --json.", SAMPLING_PANEL),
+    ] = _sampling_default("logprobs"),
+    model: opt.Model = default(EngineConfig, "model"),
+    revision: opt.Revision = default(EngineConfig, "revision"),
+    load_format: opt.LoadFormat = default(EngineConfig, "load_format"),
+    dtype: opt.Dtype = default(EngineConfig, "dtype"),
+    device: opt.Device = default(EngineConfig, "device"),
+    max_model_len: opt.MaxModelLen = default(EngineConfig, "max_model_len"),
+    block_size: opt.BlockSize = default(EngineConfig, "block_size"),
+    device_kv_blocks: opt.DeviceKvBlocks = default(EngineConfig, "device_kv_blocks"),
+    host_kv_gb: opt.HostKvGb = default(EngineConfig, "host_kv_gb"),
+    gpu_memory_utilization: opt.GpuMemoryUtilization = default(
+        EngineConfig, "gpu_memory_utilization"
+    ),
+    threads: opt.Threads = default(EngineConfig, "threads"),
+    max_num_seqs: opt.MaxNumSeqs = default(SchedulerConfig, "max_num_seqs"),
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = default(
+        SchedulerConfig, "max_num_batched_tokens"
+    ),
+) -> int:
+    """Complete or answer prompts.
+
+    One prompt streams its text; several show a progress bar and print in their order. Ctrl-C stops
+    and keeps what is there.
+    """
+    try:
+        params = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            logit_bias=_parse_logit_bias(logit_bias or []),
+            stop=tuple(stop or ()),
+            stop_token_ids=tuple(stop_token_ids or ()),
+            ignore_eos=ignore_eos,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            logprobs=logprobs,
+            skip_special_tokens=skip_special_tokens,
+            include_stop_str_in_output=include_stop_str_in_output,
+        )
+        config = EngineConfig(
+            model=model,
+            revision=revision,
+            load_format=load_format,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            device_kv_blocks=device_kv_blocks,
+            host_kv_gb=host_kv_gb,
+            gpu_memory_utilization=gpu_memory_utilization,
+            threads=threads,
+            seed=seed or 0,
+            scheduler=SchedulerConfig(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            ),
+        )
+        given = read_prompts(prompts or [], prompt_file)
+    except (ConfigError, RequestError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return _Generation(config, params, chat, system, json_lines, stats).run(given)
+
+
+def _parse_logit_bias(items: list[str]) -> dict[int, float]:
+    biases = {}
+    for item in items:
+        token_id, _, bias = item.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError as error:
+            raise RequestError(f"logit_bias must be TOKEN_ID=BIAS, got {item!r}") from error
+    return biases
+
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    """One run of the command, after its options were checked."""
+
+    config: EngineConfig
+    params: SamplingParams
+    chat: bool | None
+    system: str | None
+    json_lines: bool
+    stats: bool
+
+    def run(self, prompts: list[InputPrompt]) -> int:
+        """Generate for all prompts and return the exit code."""
+        from engine.llm import LLM
+        from neo_cli.progress import loading_status
+
+        with loading_status() as on_progress:
+            engine = LLM.from_config(self.config, on_progress)
+        with engine as llm:
+            tokens = [self._tokens(llm, prompt, at) for at, prompt in enumerate(prompts, start=1)]
+            interrupted = self._generate(llm, prompts, tokens)
+            if self.stats:
+                self._print_stats(llm)
+        return 130 if interrupted else 0
+
+    def _tokens(self, llm: "LLM", prompt: InputPrompt, number: int) -> list[int]:
+        """Return a prompt's tokens, through the chat template if it is to be used."""
+        try:
+            if self.chat is False and not isinstance(prompt, str):
+                raise RequestError("messages need the chat template; leave out --raw")
+            if self.chat or (self.chat is None and llm.engine.has_chat_template):
+                return llm.engine.chat_prompt(self._messages(prompt))
+            if self.system is not None:
+                raise RequestError("--system needs a chat template; the model or --raw has none")
+            return llm.engine.tokenize(prompt if isinstance(prompt, str) else "")
+        except RequestError as error:
+            raise RequestError(f"prompt {number}: {error}") from error
+
+    def _messages(self, prompt: InputPrompt) -> ChatPrompt:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.system is None:
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def _generate(self, llm: "LLM", prompts: list[InputPrompt], tokens: list[list[int]]) -> bool:
+        """Generate and print; return whether the user interrupted it."""
+        from neo_cli.progress import PromptPrinter
+
+        printer = PromptPrinter(prompts, self.json_lines)
+        stream = llm.stream(tokens, self.params)
+        try:
+            with printer:
+                for output in stream:
+                    printer.show(output)
+        except KeyboardInterrupt:
+            printer.show_unfinished()
+            print("neo: interrupted", file=sys.stderr)
+            return True
+        return False
+
+    def _print_stats(self, llm: "LLM") -> None:
+        from neo_cli.stats import print_stats, stats_dict
+
+        if self.json_lines:
+            print(json.dumps({"stats": stats_dict(llm.engine)}))
+        else:
+            print_stats(llm.engine)

@@ -1,0 +1,63 @@
+"""The `neo` command: puts the subcommands together and turns errors into one line each."""
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from engine.errors import NeoError
+from neo_cli.build_kernels import build_kernels
+from neo_cli.generate import generate
+from neo_cli.info import info
+
+# Typer's own base of "the command line is wrong"; where it lives differs between its versions.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    name="neo",
+    help="Serve large language models when GPU memory is the bottleneck.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("build-kernels")(build_kernels)
+app.command("generate")(generate)
+app.command("info")(info)
+
+
+def main() -> None:
+    """Run the command line: exit 1 with one line for a `NeoError`, 2 for wrong usage."""
+    try:
+        code = app(standalone_mode=False)
+    except NeoError as error:
+        _fail(str(error), 1)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone; what it wanted, it has.
+        sys.stderr.close()
+        sys.exit(141)
+    except Exception as error:
+        if not isinstance(error, _UsageError):
+            raise
+        _fail_usage(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail_usage(error: Exception) -> NoReturn:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "neo"
+    message = getattr(error, "format_message", error.__str__)()
+    if message:
+        _fail(f"{message.rstrip('.')} (see `{command} --help`)", 2)
+    sys.exit(2)  # the help was printed already
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    print(f"neo: error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
