@@ -1,1 +1,23 @@
 """Triton kernels for the device side: attention, KV movement and fused small operations."""
+
+from gpu_kernels.activation import silu_and_mul
+from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.kv_pack import pack_kv, unpack_kv
+from gpu_kernels.kv_store import store_kv
+from gpu_kernels.merge_splits import paged_decode_workspace_size
+from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.prefill_attention import paged_prefill_attention
+from gpu_kernels.rope_store import rope_store_kv
+
+__all__ = [
+    "add_rms_norm",
+    "pack_kv",
+    "paged_decode_attention",
+    "paged_decode_workspace_size",
+    "paged_prefill_attention",
+    "rms_norm",
+    "rope_store_kv",
+    "silu_and_mul",
+    "store_kv",
+    "unpack_kv",
+]

@@ -22,6 +22,7 @@ from gpu_kernels.checks import (
     check_tensor,
     require,
 )
+from gpu_kernels.merge_splits import merge_splits, split_workspace
 from gpu_kernels.tiles import (
     MAX_SPLITS,
     DecodeTiles,
@@ -31,7 +32,6 @@ from gpu_kernels.tiles import (
     num_multiprocessors,
 )
 
-MERGE_TILE_SPLITS = 8
 # A max_seq_len of each class the tile table tells apart.
 SEQ_LEN_CLASSES = (1, 1 << 20)
 
@@ -128,75 +128,6 @@ def decode_attention_kernel(
         tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit(do_not_specialize=["num_splits", "tile_n", "seq_lens_ptr"])
-def merge_splits_kernel(
-    out_ptr,
-    partial_ptr,
-    lse_ptr,
-    seq_lens_ptr,
-    stride_out,
-    num_splits,
-    tile_n,
-    HEAD_DIM: tl.constexpr,
-    TILE_D: tl.constexpr,
-    TILE_S: tl.constexpr,
-    TILE_ALL: tl.constexpr,
-):
-    """Merges the splits of one query head.
-
-    Grid (num_q_heads, num_seqs). A program owns one output row of HEAD_DIM elements. Only splits
-    that hold tokens are read: the others were never written. An empty sequence gives zeros.
-    """
-    q_head = tl.program_id(0)
-    seq = tl.program_id(1).to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + seq)
-    num_tiles = tl.cdiv(seq_len, tile_n)
-    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
-    num_used = tl.cdiv(num_tiles, tiles_per_split)
-
-    offs_d = tl.arange(0, TILE_D)
-    offs_s = tl.arange(0, TILE_S)
-    offs_all = tl.arange(0, TILE_ALL)
-    first = (seq * tl.num_programs(0) + q_head) * num_splits
-    lse_all = tl.load(lse_ptr + first + offs_all, mask=offs_all < num_used, other=float("-inf"))
-    lse_max = tl.maximum(tl.max(lse_all, 0), -1e30)
-
-    acc = tl.zeros([TILE_D], dtype=tl.float32)
-    total = 0.0
-    for split_start in range(0, num_used, TILE_S):
-        split = split_start + offs_s
-        used = split < num_used
-        lse = tl.load(lse_ptr + first + split, mask=used, other=float("-inf"))
-        weight = tl.exp2(lse - lse_max)
-        mask = used[:, None] & (offs_d < HEAD_DIM)[None, :]
-        partial_offs = (first + split)[:, None] * HEAD_DIM + offs_d[None, :]
-        partial = tl.load(partial_ptr + partial_offs, mask=mask, other=0.0)
-        acc += tl.sum(partial * weight[:, None], 0)
-        total += tl.sum(weight, 0)
-    acc = tl.where(num_used > 0, acc / tl.where(num_used > 0, total, 1.0), 0.0)
-    out_offs = seq * stride_out + q_head * HEAD_DIM + offs_d
-    tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-
-
-def paged_decode_workspace_size(
-    num_seqs: int, num_q_heads: int, head_dim: int, num_splits: int
-) -> int:
-    """Number of float32 elements that `paged_decode_attention` needs as workspace.
-
-    Args:
-        num_seqs: Rows of the batch (the largest, if one workspace serves several).
-        num_q_heads: Query heads.
-        head_dim: Elements a head.
-        num_splits: Splits a sequence; one split needs no workspace.
-
-    Returns:
-        Elements of a contiguous float32 tensor.
-    """
-    if num_splits == 1:
-        return 0
-    return num_seqs * num_q_heads * num_splits * (head_dim + 1)
-
-
 def paged_decode_attention(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -262,7 +193,7 @@ def paged_decode_attention(
     if tiles is None:
         large = has_large_shared_memory(q.device)
         tiles = decode_tiles(head_dim, q.dtype, max_seq_len, large)
-    partial, lse = _split_workspace(out, num_splits, workspace)
+    partial, lse = split_workspace(out, num_splits, workspace)
     tile_d = triton.next_power_of_2(head_dim)
     decode_attention_kernel[(num_kv_heads, num_splits, num_seqs)](
         out, partial, lse, q, k_cache, v_cache, block_tables, seq_lens,
@@ -273,27 +204,4 @@ def paged_decode_attention(
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if num_splits > 1:
-        merge_splits_kernel[(num_q_heads, num_seqs)](
-            out, partial, lse, seq_lens, out.stride(0), num_splits, tiles.tile_n,
-            HEAD_DIM=head_dim, TILE_D=tile_d, TILE_S=MERGE_TILE_SPLITS, TILE_ALL=MAX_SPLITS,
-            num_warps=1,
-        )  # fmt: skip
-
-
-def _split_workspace(
-    out: torch.Tensor, num_splits: int, workspace: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cuts the workspace into partial results and their log-sum-exps."""
-    num_seqs, num_q_heads, head_dim = out.shape
-    if num_splits == 1:
-        return out, out
-    size = paged_decode_workspace_size(num_seqs, num_q_heads, head_dim, num_splits)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.float32, device=out.device)
-    require(workspace.dtype == torch.float32, "workspace", "dtype float32", workspace.dtype)
-    require(workspace.device == out.device, "workspace", f"device {out.device}", workspace.device)
-    is_large_enough = workspace.is_contiguous() and workspace.numel() >= size
-    require(is_large_enough, "workspace", f"{size} contiguous elements", list(workspace.shape))
-    flat = workspace.view(-1)
-    num_rows = num_seqs * num_q_heads * num_splits
-    return flat[: num_rows * head_dim], flat[num_rows * head_dim : size]
+        merge_splits(out, partial, lse, seq_lens, num_splits, tiles.tile_n)

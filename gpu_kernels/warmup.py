@@ -11,16 +11,24 @@ from typing import Any
 
 import torch
 
-from gpu_kernels import activation, decode_attention, norm, pack_kv, prefill_attention, rope_store
-from gpu_kernels import store_kv as store
+from gpu_kernels import (
+    activation,
+    decode_attention,
+    kv_pack,
+    kv_store,
+    merge_splits,
+    norm,
+    prefill_attention,
+    rope_store,
+)
 
 KERNELS: tuple[Any, ...] = (
     decode_attention.decode_attention_kernel,
-    decode_attention.merge_splits_kernel,
+    merge_splits.merge_splits_kernel,
     prefill_attention.prefill_attention_kernel,
     rope_store.rope_store_kernel,
-    store.store_kv_kernel,
-    pack_kv.pack_kv_kernel,
+    kv_store.store_kv_kernel,
+    kv_pack.pack_kv_kernel,
     norm.rms_norm_kernel,
     activation.silu_and_mul_kernel,
 )
@@ -128,9 +136,9 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
         q, k, v, positions, cos_sin, k_cache, v_cache, positions,
         q_norm_weight=head_weight, k_norm_weight=head_weight,
     )  # fmt: skip
-    launch("store", store.store_kv, k, v, k_cache, v_cache, positions)
-    launch("pack", pack_kv.pack_kv, k_cache, v_cache, ids, k_host, v_cache.clone())
-    launch("unpack", pack_kv.unpack_kv, k_host, v_cache.clone(), ids, k_cache, v_cache)
+    launch("store", kv_store.store_kv, k, v, k_cache, v_cache, positions)
+    launch("pack", kv_pack.pack_kv, k_cache, v_cache, ids, k_host, v_cache.clone())
+    launch("unpack", kv_pack.unpack_kv, k_host, v_cache.clone(), ids, k_cache, v_cache)
     launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
     launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)
     launch("silu and mul", activation.silu_and_mul, activated, gate_up)

@@ -10,11 +10,11 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.kv_pack import pack_kv, unpack_kv
+from gpu_kernels.kv_store import store_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
-from gpu_kernels.pack_kv import pack_kv, unpack_kv
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
-from gpu_kernels.store_kv import store_kv
 from tests.gpu_kernels import oracle
 from tests.gpu_kernels.inputs import cos_sin_cache, make_paged_batch, random_rows
 

@@ -4,11 +4,11 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.kv_pack import pack_kv, unpack_kv
+from gpu_kernels.kv_store import store_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
-from gpu_kernels.pack_kv import pack_kv, unpack_kv
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
-from gpu_kernels.store_kv import store_kv
 from gpu_kernels.warmup import ModelShape
 
 

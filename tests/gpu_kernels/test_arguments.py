@@ -1,0 +1,153 @@
+"""Every wrong argument gets a ValueError that names it; empty batches pass. Needs no GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import gpu_kernels
+from gpu_kernels.tiles import MAX_SPLITS, decode_num_splits
+
+H, KV, D, B, N = 4, 2, 32, 16, 3
+F16, F32, I32, I64 = torch.float16, torch.float32, torch.int32, torch.int64
+
+
+def zeros(*shape: int, dtype: torch.dtype = F16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def decode_args(n: int = N) -> dict[str, Any]:
+    return {
+        "out": zeros(n, H, D), "q": zeros(n, H, D), "k_cache": zeros(5, KV, B, D),
+        "v_cache": zeros(5, KV, B, D), "block_tables": zeros(n, 2, dtype=I32),
+        "seq_lens": zeros(n, dtype=I32), "softmax_scale": 1.0, "max_seq_len": 8,
+    }  # fmt: skip
+
+
+def prefill_args(n: int = N) -> dict[str, Any]:
+    args = decode_args(n) | {"cu_seqlens_q": zeros(n + 1, dtype=I32), "max_seqlen_q": 1}
+    del args["max_seq_len"]
+    return args
+
+
+def rope_args(n: int = N) -> dict[str, Any]:
+    return {
+        "q": zeros(n, H, D), "k": zeros(n, KV, D), "v": zeros(n, KV, D),
+        "positions": zeros(n, dtype=I64), "cos_sin_cache": zeros(9, D, dtype=F32),
+        "k_cache": zeros(5, KV, B, D), "v_cache": zeros(5, KV, B, D),
+        "slot_mapping": zeros(n, dtype=I64),
+    }  # fmt: skip
+
+
+def store_args(n: int = N) -> dict[str, Any]:
+    names = ("k", "v", "k_cache", "v_cache", "slot_mapping")
+    return {name: value for name, value in rope_args(n).items() if name in names}
+
+
+def pack_args(n: int = N) -> dict[str, Any]:
+    return {
+        "k_cache": zeros(5, KV, B, D), "v_cache": zeros(5, KV, B, D),
+        "block_ids": zeros(n, dtype=I32), "k_out": zeros(n, KV, D, B), "v_out": zeros(n, KV, B, D),
+    }  # fmt: skip
+
+
+def unpack_args(n: int = N) -> dict[str, Any]:
+    args = pack_args(n)
+    return args | {"k_in": args.pop("k_out"), "v_in": args.pop("v_out")}
+
+
+def norm_args(n: int = N) -> dict[str, Any]:
+    return {"out": zeros(n, D), "x": zeros(n, D), "weight": zeros(D), "eps": 1e-5}
+
+
+def add_norm_args(n: int = N) -> dict[str, Any]:
+    return norm_args(n) | {"residual": zeros(n, D)}
+
+
+def silu_args(n: int = N) -> dict[str, Any]:
+    return {"out": zeros(n, D), "gate_up": zeros(n, 2 * D)}
+
+
+LAUNCHERS: dict[str, tuple[Any, Any]] = {
+    "decode": (gpu_kernels.paged_decode_attention, decode_args),
+    "prefill": (gpu_kernels.paged_prefill_attention, prefill_args),
+    "rope": (gpu_kernels.rope_store_kv, rope_args),
+    "store": (gpu_kernels.store_kv, store_args),
+    "pack": (gpu_kernels.pack_kv, pack_args),
+    "unpack": (gpu_kernels.unpack_kv, unpack_args),
+    "norm": (gpu_kernels.rms_norm, norm_args),
+    "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
+    "silu": (gpu_kernels.silu_and_mul, silu_args),
+}
+TENSORS = [
+    (launcher, name)
+    for launcher, (_, make_args) in LAUNCHERS.items()
+    for name, value in make_args().items()
+    if isinstance(value, torch.Tensor)
+]
+WRONG_VALUES = [
+    ("decode", {"max_seq_len": 0}, "max_seq_len"),
+    ("decode", {"num_splits": 0}, "num_splits"),
+    ("decode", {"num_splits": MAX_SPLITS + 1}, "num_splits"),
+    ("decode", {"num_splits": 2, "workspace": zeros(10, dtype=F32)}, "workspace"),
+    ("decode", {"num_splits": 2, "workspace": zeros(10_000)}, "workspace"),
+    ("decode", {"num_splits": 2, "workspace": zeros(9, 9999, dtype=F32).t()}, "workspace"),
+    ("decode", {"q": zeros(N, 3, D), "out": zeros(N, 3, D)}, "num_q_heads"),
+    ("decode", {"q": zeros(N, 34, D), "out": zeros(N, 34, D)}, "group size"),
+    ("decode", {"k_cache": zeros(5, KV, 8, D), "v_cache": zeros(5, KV, 8, D)}, "block_size"),
+    ("decode", {"k_cache": zeros(5, KV, D, B).transpose(2, 3)}, "k_cache"),
+    ("decode", {"v_cache": zeros(10, KV, B, D)[::2]}, "v_cache"),
+    ("decode", {"q": zeros(N, D, H).transpose(1, 2)}, "q"),
+    ("decode", {"out": zeros(N, D, H).transpose(1, 2)}, "out"),
+    ("decode", {"seq_lens": zeros(2 * N, dtype=I32)[::2]}, "seq_lens"),
+    ("decode", {"block_tables": zeros(2, N, dtype=I32).t()}, "block_tables"),
+    ("prefill", {"max_seqlen_q": 0}, "max_seqlen_q"),
+    ("prefill", {"seq_lens": zeros(2 * N, dtype=I32)[::2]}, "seq_lens"),
+    ("prefill", {"cu_seqlens_q": zeros(2 * N + 2, dtype=I32)[::2]}, "cu_seqlens_q"),
+    ("rope", {"cos_sin_cache": zeros(9, D + 2, dtype=F32)}, "rotary_dim"),
+    ("rope", {"cos_sin_cache": zeros(9, 7, dtype=F32)}, "rotary_dim"),
+    ("rope", {"cos_sin_cache": zeros(D, 9, dtype=F32).t()}, "cos_sin_cache"),
+    ("rope", {"q_norm_weight": zeros(D)}, "k_norm_weight"),
+    ("rope", {"q_norm_weight": zeros(D + 1), "k_norm_weight": zeros(D)}, "q_norm_weight"),
+    ("rope", {"q_norm_weight": zeros(D), "k_norm_weight": zeros(D, dtype=F32)}, "k_norm_weight"),
+    ("pack", {"k_out": zeros(N, KV, B, D).transpose(2, 3)}, "k_out"),
+    ("norm", {"x": zeros(N, 16385), "out": zeros(N, 16385)}, "hidden_size"),
+    ("silu", {"gate_up": zeros(N, 7)}, "width"),
+]
+
+
+@pytest.mark.parametrize(("launcher", "name"), TENSORS)
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "device"])
+def test_wrong_tensor_is_named(launcher: str, name: str, wrong: str) -> None:
+    launch, make_args = LAUNCHERS[launcher]
+    args = make_args()
+    tensor = args[name]
+    changed = {
+        "shape": lambda: tensor.new_zeros(1, 2, 3, 4, 5),
+        "dtype": lambda: tensor.to(torch.float64),
+        "device": lambda: tensor.to("meta"),
+    }
+    args[name] = changed[wrong]()
+    with pytest.raises(ValueError, match=r"expected .* got "):
+        launch(**args)
+
+
+@pytest.mark.parametrize(("launcher", "change", "name"), WRONG_VALUES)
+def test_wrong_value_is_named(launcher: str, change: dict[str, Any], name: str) -> None:
+    launch, make_args = LAUNCHERS[launcher]
+    with pytest.raises(ValueError, match=rf"{name}.*: expected .* got "):
+        launch(**(make_args() | change))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_empty_batch_does_nothing(launcher: str) -> None:
+    launch, make_args = LAUNCHERS[launcher]
+    launch(**make_args(0))
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "max_seq_len", "expected"),
+    [(24, 1100, 2), (64, 4000, 4), (1, 1100, 18), (1, 30_000, 58), (256, 1000, 1), (1, 1, 1)],
+)
+def test_number_of_splits_on_an_h200(num_seqs: int, max_seq_len: int, expected: int) -> None:
+    assert decode_num_splits(num_seqs, 8, max_seq_len, 132) == expected

@@ -1,0 +1,84 @@
+"""The kernels around attention on a GPU: exact where they copy, against the oracle elsewhere."""
+
+import pytest
+import torch
+
+from gpu_kernels.warmup import ModelShape, count_compiled_variants, precompile
+from tests.gpu_kernels.gpu import DTYPES, MARKS
+from tests.gpu_kernels.kernel_checks import (
+    check_norm,
+    check_pack,
+    check_rope_store,
+    check_silu,
+    check_store,
+)
+from tests.gpu_kernels.serving_shapes import launch_serving_shapes
+
+pytestmark = MARKS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_rope_store_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    check_rope_store(70, head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotary_dim", [32, 96, 128])
+def test_rope_store_with_norm_and_partial_rotation(rotary_dim: int, dtype: torch.dtype) -> None:
+    check_rope_store(33, head_dim=128, rotary_dim=rotary_dim, with_norm=True, dtype=dtype)
+    check_rope_store(33, head_dim=128, rotary_dim=rotary_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "group_size"), [(1, 1), (3, 3), (8, 4), (2, 16), (32, 1)])
+def test_rope_store_head_counts(num_kv_heads: int, group_size: int) -> None:
+    check_rope_store(
+        20, num_kv_heads=num_kv_heads, group_size=group_size, block_size=32, dtype=torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+def test_store(block_size: int, dtype: torch.dtype) -> None:
+    for num_tokens, num_kv_heads, head_dim in ((1, 1, 64), (100, 3, 80), (70, 32, 128)):
+        check_store(
+            num_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
+            dtype=dtype,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+def test_pack_and_unpack(block_size: int, dtype: torch.dtype) -> None:
+    for num_ids, num_kv_heads, head_dim in ((1, 1, 64), (9, 3, 80), (20, 8, 128), (3, 2, 256)):
+        check_pack(
+            num_ids, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
+            dtype=dtype,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_size", [8, 576, 4096, 5120, 16384])
+def test_norms(hidden_size: int, dtype: torch.dtype) -> None:
+    for num_rows in (1, 33):
+        check_norm(num_rows, hidden_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("intermediate_size", [8, 1536, 11008])
+def test_silu(intermediate_size: int, dtype: torch.dtype) -> None:
+    for num_rows in (1, 33):
+        check_silu(num_rows, intermediate_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("has_qk_norm", [False, True])
+def test_after_precompile_serving_compiles_nothing(has_qk_norm: bool) -> None:
+    shape = ModelShape(
+        num_q_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536,
+        block_size=16, dtype=torch.float16, has_qk_norm=has_qk_norm,
+    )  # fmt: skip
+    assert precompile(shape, torch.device("cuda"))
+    before = count_compiled_variants()
+    launch_serving_shapes(shape, "cuda")
+    torch.cuda.synchronize()
+    assert count_compiled_variants() == before
