@@ -5,6 +5,7 @@
 // memory once; all query heads of the KV head use it while it is in the first-level cache.
 #include "elements.isph"
 #include "shapes.h"
+#include "sums.isph"
 
 // What one call works on. Pointers to the cache are to its first element for this KV head.
 struct Segment {
@@ -69,6 +70,9 @@ static inline void softmax_tile(uniform Segment &seg, uniform float *uniform sco
         }
     }
 }
+
+// Lane vectors at a time: as many sums as hide the latency of an addition and fit the registers.
+#define VECTORS_FOR(heads) ((heads) <= 2 || programCount == 16 ? 4 : 2)
 
 #define KV uint16
 #define NAME(f) f##_bf16
