@@ -75,12 +75,18 @@ def read_gguf_tensor(file: GGUFFile, name: str, num_permuted_heads: int | None) 
         A CPU tensor of its own memory; float16 and bfloat16 as stored, all else float32.
 
     Raises:
-        CheckpointError: The quantisation type is unknown to the `gguf` package.
+        CheckpointError: The quantisation type is unknown to the `gguf` package, or the number of
+            heads does not fit.
     """
     tensor, rows = file.tensors[name], file.rows(name)
     if len(tensor.shape) == 1 and num_permuted_heads:  # a bias: one element a row
         rows = rows.reshape(tensor.shape[0], -1)
     if num_permuted_heads:
+        if rows.shape[0] % (2 * num_permuted_heads):
+            raise CheckpointError(
+                f"{file.path}: {rows.shape[0]} rows of tensor {name} do not divide into "
+                f"{num_permuted_heads} heads of even size"
+            )
         rows = rows[hugging_face_row_order(rows.shape[0], num_permuted_heads)]
     if tensor.quant_type == GGMLQuantizationType.F16:
         return torch.from_numpy(rows.view(np.float16).copy()).view(tensor.shape)

@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.gguf_file import GGUFFile
+from engine.checkpoint.gguf_tokenizer import gguf_tokenizer
 
 SHAPE = {
     "vocab_size": 96,
@@ -94,6 +97,18 @@ def write_gguf(tmp_path: Path) -> WriteGguf:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def rebuild(write_gguf: WriteGguf) -> Callable[[dict[str, Any]], PreTrainedTokenizerBase]:
+    """Write tokenizer metadata to a file and make a tokenizer of it."""
+    embedding = np.zeros((2000, 1), np.float32)  # its rows are the size of the vocabulary
+
+    def make(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
+        tensors = {"token_embd.weight": embedding}
+        return gguf_tokenizer(GGUFFile(write_gguf(None, metadata=metadata, tensors=tensors)))
+
+    return make
 
 
 def model_metadata(model: PreTrainedModel, architecture: str) -> dict[str, Any]:

@@ -257,3 +257,10 @@ def test_missing_tensor(tiny_model: TinyModel, write_gguf: WriteGguf) -> None:
     checkpoint = open_checkpoint(write_gguf(tiny_model("llama")))
     with pytest.raises(CheckpointError, match=r"there is no tensor model\.layers\.9\.mlp"):
         checkpoint.read("model.layers.9.mlp.up_proj.weight")
+
+
+def test_heads_that_do_not_fit(tiny_model: TinyModel, write_gguf: WriteGguf) -> None:
+    metadata = {"llama.attention.head_count": 5, "llama.attention.key_length": 16}
+    checkpoint = open_checkpoint(write_gguf(tiny_model("llama"), metadata=metadata))
+    with pytest.raises(CheckpointError, match=r"64 rows of tensor blk\.0\.attn_q.* into 5 heads"):
+        checkpoint.read("model.layers.0.self_attn.q_proj.weight")

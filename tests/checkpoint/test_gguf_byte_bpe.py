@@ -1,12 +1,9 @@
-"""Tokenizers rebuilt from GGUF metadata against the ones they describe."""
+"""Byte-level BPE tokenizers rebuilt from GGUF metadata against the ones they describe."""
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from gguf import TokenType
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
@@ -16,8 +13,6 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from engine.checkpoint.gguf_byte_bpe import PRE_TOKENIZERS
-from engine.checkpoint.gguf_file import GGUFFile
-from engine.checkpoint.gguf_tokenizer import gguf_tokenizer
 from engine.errors import CheckpointError
 
 TEXTS = [
@@ -31,9 +26,7 @@ TEXTS = [
     "  leading and trailing   \r\n\r\n",
     "",
 ]
-WriteGguf = Callable[..., Path]
-# A token for the embedding's rows; the tokenizer needs nothing else of the model.
-EMBEDDING = {"token_embd.weight": np.zeros((2000, 1), np.float32)}
+Rebuild = Callable[[dict[str, Any]], PreTrainedTokenizerBase]
 
 
 def train(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
@@ -74,19 +67,6 @@ def bpe_metadata(tokenizer: Tokenizer, pre: str | None, **extra: Any) -> dict[st
         "tokenizer.ggml.eos_token_id": len(tokens) + 1,
         **{f"tokenizer.ggml.{key}": value for key, value in extra.items()},
     }
-
-
-@pytest.fixture
-def rebuild(write_gguf: WriteGguf) -> Callable[[dict[str, Any]], PreTrainedTokenizerBase]:
-    """Write metadata to a file and make a tokenizer of it."""
-
-    def make(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
-        return gguf_tokenizer(GGUFFile(write_gguf(None, metadata=metadata, tensors=EMBEDDING)))
-
-    return make
-
-
-Rebuild = Callable[[dict[str, Any]], PreTrainedTokenizerBase]
 
 
 def reference(tokenizer: Tokenizer) -> Tokenizer:
@@ -208,91 +188,6 @@ def test_chat_template(rebuild: Rebuild) -> None:
         [{"role": "user", "content": "hi"}], tokenize=False
     )
     assert text == "user: hi\n"
-
-
-SPM_PIECES = [
-    ("\u2581the", -1.0),
-    ("\u2581t", -2.0),
-    ("he", -3.0),
-    ("\u2581a", -4.0),
-    ("in", -5.0),
-    ("\u2581\u2581", -6.0),
-    ("ing", -7.0),
-    ("\u2581in", -8.0),
-    ("er", -9.0),
-    ("\u2581\u2581\u2581\u2581", -10.0),
-    ("aa", -11.0),
-    ("aaa", -12.5),
-    ("aaaa", -12.0),
-]
-SPM_TEXTS = [
-    "the thing in there",
-    "  the  ringer",
-    "aaaaaaa aaa aa a",
-    "theing here  \n  in",
-    "ünïcödé 👋 the",
-    "th<s>in</s>g",
-    "a",
-]
-
-
-def spm_metadata(**extra: Any) -> dict[str, Any]:
-    letters = [(letter, -100.0 - rank) for rank, letter in enumerate("\u2581abcdefghinrst")]
-    byte_tokens = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
-    special = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
-    pieces = [*special, *byte_tokens, *SPM_PIECES, *letters]
-    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-    types += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * (len(SPM_PIECES) + len(letters))
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [piece for piece, _ in pieces],
-        "tokenizer.ggml.scores": [score for _, score in pieces],
-        "tokenizer.ggml.token_type": [int(kind) for kind in types],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        **{f"tokenizer.ggml.{key}": value for key, value in extra.items()},
-    }
-
-
-def slow_sentencepiece(text: str, metadata: dict[str, Any]) -> list[int]:
-    """Merge the neighbours whose union scores best, the leftmost first; then bytes for the rest."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    ids = {token: token_id for token_id, token in enumerate(tokens)}
-    scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
-    parts = list(("\u2581" + text.replace(" ", "\u2581")) if text else "")
-    while True:
-        unions = [left + right for left, right in pairwise(parts)]
-        known = [(-scores[union], at) for at, union in enumerate(unions) if union in ids]
-        if not known:
-            break
-        _, at = min(known)
-        parts[at : at + 2] = [unions[at]]
-    encoded = []
-    for part in parts:
-        encoded += [ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()]
-    return encoded
-
-
-def test_sentencepiece_gives_the_same_ids(rebuild: Rebuild) -> None:
-    metadata = spm_metadata()
-    rebuilt = rebuild(metadata)
-    for text in SPM_TEXTS:
-        if "<s>" not in text:
-            ids = rebuilt(text)["input_ids"]
-            assert ids == [1, *slow_sentencepiece(text, metadata)], text
-            assert rebuilt.decode(ids, skip_special_tokens=True) == text
-
-
-def test_sentencepiece_added_tokens(rebuild: Rebuild) -> None:
-    ids = rebuild(spm_metadata())("<s>a</s>")["input_ids"]
-    assert (ids[:2], ids[-1]) == ([1, 1], 2)
-
-
-def test_sentencepiece_without_a_prefix_space(rebuild: Rebuild) -> None:
-    rebuilt = rebuild(spm_metadata(add_space_prefix=False, add_bos_token=False))
-    assert rebuilt.tokenize("the a") == ["t", "he", "\u2581a"]
-    assert rebuilt.decode(rebuilt(" the a")["input_ids"]) == " the a"
 
 
 @pytest.mark.parametrize(
