@@ -6,6 +6,6 @@ computes.
 
 from engine.checkpoint.checkpoint import Checkpoint
 from engine.checkpoint.default_model import DEFAULT_MODEL_NAME
-from engine.checkpoint.open_checkpoint import LoadFormat, open_checkpoint
+from engine.checkpoint.open_checkpoint import LOAD_FORMATS, open_checkpoint
 
-__all__ = ["DEFAULT_MODEL_NAME", "Checkpoint", "LoadFormat", "open_checkpoint"]
+__all__ = ["DEFAULT_MODEL_NAME", "LOAD_FORMATS", "Checkpoint", "open_checkpoint"]

@@ -3,7 +3,6 @@
 import os
 import re
 from pathlib import Path
-from typing import Literal, get_args
 
 from engine.checkpoint.checkpoint import Checkpoint
 from engine.checkpoint.default_model import (
@@ -17,14 +16,14 @@ from engine.checkpoint.gguf_checkpoint import open_gguf
 from engine.checkpoint.hub import download_model
 from engine.errors import CheckpointError, ConfigError
 
-LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_checkpoint(
     model: str | Path | None,
     *,
-    load_format: LoadFormat = "auto",
+    load_format: str = "auto",
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -42,9 +41,9 @@ def open_checkpoint(
         CheckpointError: The model does not exist, is broken or unsupported.
         ConfigError: `load_format` is unknown, or the cache folder cannot be written.
     """
-    if load_format not in get_args(LoadFormat):
+    if load_format not in LOAD_FORMATS:
         raise ConfigError(
-            f"load_format {load_format!r} is unknown; choose from {', '.join(get_args(LoadFormat))}"
+            f"load_format {load_format!r} is unknown; choose from {', '.join(LOAD_FORMATS)}"
         )
     if model is None:
         return _open_default(load_format, progress)
@@ -67,14 +66,14 @@ def open_checkpoint(
     return open_folder(folder, str(model), with_weights=with_weights)
 
 
-def _open_default(load_format: LoadFormat, progress: Progress | None) -> Checkpoint:
+def _open_default(load_format: str, progress: Progress | None) -> Checkpoint:
     if load_format == "gguf":
         return open_gguf(default_model_gguf())
     folder = default_model_folder(progress)
     return open_folder(folder, DEFAULT_MODEL_NAME, with_weights=load_format != "dummy")
 
 
-def _open_file(path: Path, load_format: LoadFormat) -> Checkpoint:
+def _open_file(path: Path, load_format: str) -> Checkpoint:
     if path.suffix != ".gguf":
         raise CheckpointError(
             f"{path} is no .gguf file; for safetensors give the folder that holds config.json"

@@ -31,7 +31,7 @@ def test_neither_path_nor_hub_id(model: str) -> None:
 
 def test_unknown_load_format() -> None:
     with pytest.raises(ConfigError, match="'pickle' is unknown; choose from auto, safetensors"):
-        open_checkpoint(None, load_format="pickle")  # type: ignore[arg-type]
+        open_checkpoint(None, load_format="pickle")
 
 
 def test_file_that_is_no_gguf(tmp_path: Path) -> None:
