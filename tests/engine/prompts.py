@@ -1,0 +1,28 @@
+"""Varied prompts: prose, code, numbers, other scripts, emoji."""
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village at the foot of the mountains, there lived",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n",
+    "import numpy as np\n\nx = np.linspace(0, 1, 100)\n",
+    "SELECT name, COUNT(*) FROM users WHERE",
+    "3.14159265358979 2.71828182845904 1.41421356",
+    "12 + 30 = 42\n7 * 8 = 56\n100 / 4 =",
+    "The 2024 budget was $1,234,567.89, an increase of 12.5%",
+    "Привет, как дела? Сегодня мы поговорим о",
+    "今天天气很好,我们去公园",
+    "これは日本語の文章です。",
+    "مرحبا بالعالم، هذا نص باللغة",
+    "नमस्ते दुनिया, यह एक",
+    "😀 😃 😄 The emoji sequence continues: 😁",
+    "Best pizza toppings: 🍕 cheese, 🍄 mushrooms,",
+    "<html>\n<head><title>Test</title></head>\n<body>",
+    '{"name": "Alice", "age": 30, "city":',
+    "Q: Why is the sky blue?\nA:",
+    "To be, or not to be, that is the question:",
+    "AAAAAAAAAAAAAAAAAAAA",
+    "\n\n\t  leading   whitespace and\ttabs",
+    "naïve café — déjà vu “quotes” …",
+    "#include <stdio.h>\n\nint main(void) {",
+    "The quick brown fox jumps over the lazy dog. " * 12,
+)

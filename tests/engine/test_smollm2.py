@@ -1,0 +1,92 @@
+"""The embedded model through NEO's own kernels equals Hugging Face transformers, token for token.
+
+Greedy decoding is checked by one forward pass of transformers over prompt and output: if each
+output token is the argmax after all tokens before it, then greedy decoding gives that output.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.llm import LLM
+from engine.sampling_params import SamplingParams
+from tests.engine.prompts import PROMPTS
+
+NUM_TOKENS = 64
+PARAMS = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+TIE = 2e-4
+"""Logits closer than this are a tie in float32 over 30 layers; whichever is taken is right."""
+
+pytestmark = pytest.mark.ispc
+
+
+@pytest.fixture(scope="module")
+def reference(default_model_folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(default_model_folder, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(default_model_folder: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(default_model_folder)
+    return [tokenizer.encode(text) for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def alone(default_model_folder: Path, prompts) -> list[list[int]]:
+    with LLM(str(default_model_folder), dtype="float32") as llm:
+        return [llm.generate(prompt, PARAMS)[0].outputs[0].token_ids for prompt in prompts]
+
+
+def assert_greedy(reference, prompt: list[int], output: list[int]) -> None:
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(output).unsqueeze(1)).squeeze(1)
+    behind = logits.max(dim=-1).values - chosen
+    assert behind.max().item() <= TIE, f"first difference at {int(behind.argmax())}"
+
+
+@pytest.mark.slow
+def test_alone_equals_transformers(reference, prompts, alone) -> None:
+    for prompt, output in zip(prompts, alone, strict=True):
+        assert len(output) == NUM_TOKENS
+        assert_greedy(reference, prompt, output)
+
+
+def test_equals_transformers_own_generate(reference, prompts, alone) -> None:
+    for index in (0, 2, 13):
+        generated = reference.generate(
+            torch.tensor([prompts[index]]), do_sample=False, max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS, pad_token_id=2,
+        )
+        assert generated[0, len(prompts[index]) :].tolist() == alone[index]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="one-batch"),
+        pytest.param({"max_num_seqs": 7, "max_num_batched_tokens": 19}, id="chunked"),
+        pytest.param({"device_kv_blocks": 24, "block_size": 16}, id="preempted"),
+    ],
+)
+def test_batched_equals_alone(default_model_folder, prompts, alone, options) -> None:
+    with LLM(str(default_model_folder), dtype="float32", **options) as llm:
+        outputs = llm.generate(prompts, PARAMS)
+        assert [output.outputs[0].token_ids for output in outputs] == alone
+        if "device_kv_blocks" in options:
+            assert llm.engine.stats.num_preemptions > 0
+        llm.engine.runner.pool.check_integrity()
+        assert llm.engine.runner.pool.num_used == 0
+
+
+def test_chat_answers_with_text(default_model_folder: Path) -> None:
+    with LLM(str(default_model_folder), dtype="float32") as llm:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        [output] = llm.chat(question, SamplingParams(temperature=0, max_tokens=32))
+    assert output.outputs[0].text == "The capital of France is Paris."
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason is None
