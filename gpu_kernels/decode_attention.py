@@ -28,7 +28,7 @@ from gpu_kernels.tiles import (
     DecodeTiles,
     decode_num_splits,
     decode_tiles,
-    has_large_shared_memory,
+    gpu_class,
     num_multiprocessors,
 )
 
@@ -191,8 +191,7 @@ def paged_decode_attention(
     if num_seqs == 0:
         return
     if tiles is None:
-        large = has_large_shared_memory(q.device)
-        tiles = decode_tiles(head_dim, q.dtype, max_seq_len, large)
+        tiles = decode_tiles(head_dim, q.dtype, max_seq_len, gpu_class(q.device))
     partial, lse = split_workspace(out, num_splits, workspace)
     tile_d = triton.next_power_of_2(head_dim)
     decode_attention_kernel[(num_kv_heads, num_splits, num_seqs)](

@@ -22,7 +22,7 @@ from gpu_kernels.checks import (
     check_tensor,
     require,
 )
-from gpu_kernels.tiles import PrefillTiles, has_large_shared_memory, prefill_tiles
+from gpu_kernels.tiles import PrefillTiles, gpu_class, prefill_tiles
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def paged_prefill_attention(
     if total_q == 0 or num_seqs == 0:
         return
     if tiles is None:
-        tiles = prefill_tiles(head_dim, q.dtype, has_large_shared_memory(q.device))
+        tiles = prefill_tiles(head_dim, q.dtype, gpu_class(q.device))
     num_tiles = total_q // (tiles.tile_m // group_size) + num_seqs
     prefill_attention_kernel[(num_kv_heads, num_tiles)](
         out, q, k_cache, v_cache, block_tables, cu_seqlens_q, seq_lens,

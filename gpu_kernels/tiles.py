@@ -6,8 +6,12 @@ were read from. This file knows no kernel; launchers look their tiles up here.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
+
+GpuClass = Literal["large", "small", "scalar"]
+MAX_SPLITS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,39 +46,42 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 @cache
-def has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use 160 KiB of shared memory or more (A100, H100 and newer)."""
+def gpu_class(device: torch.device) -> GpuClass:
+    """The class of GPU that tiles are chosen for; the CPU (interpreter) counts as large.
+
+    Returns:
+        "large" with 160 KiB of shared memory a program or more (A100, H100 and newer), "small"
+        with less (A10G, L4, RTX), "scalar" where Triton has no matrix instructions (T4, V100).
+    """
     if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_capability(device) in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+        return "large"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "scalar"
+    return "large" if capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)) else "small"
 
 
-def decode_tiles(
-    head_dim: int, dtype: torch.dtype, max_seq_len: int, large_shared_memory: bool
-) -> DecodeTiles:
+def decode_tiles(head_dim: int, dtype: torch.dtype, max_seq_len: int, gpu: GpuClass) -> DecodeTiles:
     """Tiles of paged decode attention for a shape class."""
-    if dtype == torch.float32:
-        return DecodeTiles(tile_n=32 if head_dim <= 128 else 16, num_warps=4, num_stages=2)
-    if not large_shared_memory or head_dim > 128:
-        return DecodeTiles(tile_n=64 if head_dim <= 128 else 32, num_warps=4, num_stages=2)
-    if max_seq_len < 2048:
+    if dtype == torch.float32 or gpu == "scalar":
+        return DecodeTiles(tile_n=32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
+    if head_dim > 128:
+        return DecodeTiles(tile_n=32, num_warps=4, num_stages=2)
+    if gpu == "large" and max_seq_len < 2048:
         return DecodeTiles(tile_n=128, num_warps=4, num_stages=2)
     return DecodeTiles(tile_n=64, num_warps=4, num_stages=3)
 
 
-def prefill_tiles(head_dim: int, dtype: torch.dtype, large_shared_memory: bool) -> PrefillTiles:
+def prefill_tiles(head_dim: int, dtype: torch.dtype, gpu: GpuClass) -> PrefillTiles:
     """Tiles of paged prefill attention for a shape class."""
-    if dtype == torch.float32:
-        return PrefillTiles(
-            tile_m=32, tile_n=32 if head_dim <= 128 else 16, num_warps=4, num_stages=1
-        )
-    if not large_shared_memory:
-        return PrefillTiles(
-            tile_m=64, tile_n=64 if head_dim <= 128 else 32, num_warps=4, num_stages=2
-        )
-    if head_dim > 128:
-        return PrefillTiles(tile_m=128, tile_n=64, num_warps=8, num_stages=2)
-    return PrefillTiles(tile_m=128, tile_n=128, num_warps=8, num_stages=2)
+    if dtype == torch.float32 or gpu == "scalar":
+        tile_n = 32 if head_dim <= 128 else 16
+        return PrefillTiles(tile_m=32, tile_n=tile_n, num_warps=8, num_stages=1)
+    if gpu == "small":
+        tile_n = 64 if head_dim <= 128 else 32
+        return PrefillTiles(tile_m=64, tile_n=tile_n, num_warps=4, num_stages=2)
+    tile_n = 128 if head_dim <= 128 else 64
+    return PrefillTiles(tile_m=128, tile_n=tile_n, num_warps=8, num_stages=2)
 
 
 def decode_num_splits(num_seqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
@@ -97,6 +104,3 @@ def decode_num_splits(num_seqs: int, num_kv_heads: int, max_seq_len: int, num_sm
     to_fill = min(-(-2 * num_sms // programs), -(-max_seq_len // 64))
     to_balance = min(-(-12 * num_sms // programs), max_seq_len // 512)
     return max(1, min(MAX_SPLITS, max(to_fill, to_balance)))
-
-
-MAX_SPLITS = 64

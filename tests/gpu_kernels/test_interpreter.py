@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import triton
+from packaging.version import Version
 
 from tests.gpu_kernels.interpreter_cases import CASES
 
@@ -15,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
+    if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
+        pytest.skip("Triton before 3.7 cannot interpret loops with numpy 2.4 or newer")
     finished = subprocess.run(
         [sys.executable, "-m", "tests.gpu_kernels.interpreter_cases"],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
