@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.checks import check_dense_rows, check_float, check_tensor, require
+from gpu_kernels.checks import check_dense_rows, check_float, check_tensor, wrong
+from gpu_kernels.tiles import cdiv, next_power_of_2
 
 TILE_COLUMNS = 1024
 
@@ -47,17 +48,17 @@ def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
     Raises:
         ValueError: An argument's shape, dtype, stride or device is wrong.
     """
-    check_float("gate_up", gate_up)
-    require(gate_up.dim() == 2, "gate_up", "2 dimensions", list(gate_up.shape))
+    check_float("gate_up", gate_up, 2)
     num_rows, width = gate_up.shape
-    require(width % 2 == 0 and width > 0, "gate_up width", "even and positive", width)
+    if width == 0 or width % 2 != 0:
+        raise wrong("gate_up width", "even and positive", width)
     check_tensor("out", out, (num_rows, width // 2), gate_up.dtype, gate_up.device)
     check_dense_rows("gate_up", gate_up)
     check_dense_rows("out", out)
     if num_rows == 0:
         return
-    tile_c = min(TILE_COLUMNS, triton.next_power_of_2(width // 2))
-    silu_and_mul_kernel[(triton.cdiv(width // 2, tile_c), num_rows)](
+    tile_c = min(TILE_COLUMNS, next_power_of_2(width // 2))
+    silu_and_mul_kernel[(cdiv(width // 2, tile_c), num_rows)](
         out, gate_up, out.stride(0), gate_up.stride(0),
         INTERMEDIATE_SIZE=width // 2, TILE_C=tile_c, num_warps=4,
     )  # fmt: skip

@@ -1,64 +1,65 @@
 """Argument checks shared by all launchers: a failure names argument, expected and got.
 
 The checks read shapes, strides and types only: never a value on the device, so they neither
-synchronise nor break the capture of a CUDA graph.
+synchronise nor break the capture of a CUDA graph. They run on every launch, so the path on which
+all is well builds no strings and makes no loops.
 """
-
-from collections.abc import Sequence
 
 import torch
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Shape = tuple[int | None, ...]
 
 
-def require(condition: bool, name: str, expected: object, got: object) -> None:
-    """Raises ValueError naming the argument unless the condition holds.
-
-    Args:
-        condition: What must be true.
-        name: The argument's name as the caller knows it.
-        expected: What would have been right.
-        got: What was passed.
-
-    Raises:
-        ValueError: The condition is false.
-    """
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+def wrong(name: str, expected: object, got: object) -> ValueError:
+    """The error of a wrong argument, to be raised by the caller."""
+    return ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    shape: Sequence[int | None],
-    dtype: torch.dtype,
-    device: torch.device,
+    name: str, tensor: torch.Tensor, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Checks a tensor's shape (None matches any length), dtype and device.
 
     Raises:
         ValueError: One of the three differs.
     """
-    got = tensor.shape
-    matches = len(got) == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, got, strict=True)
-    )
-    if not matches:
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(got)}")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape and not _matches(tensor.shape, shape):
+        wanted = ", ".join("any" if length is None else str(length) for length in shape)
+        raise wrong(name, f"shape [{wanted}]", list(tensor.shape))
+    if tensor.dtype is not dtype:
+        raise wrong(name, f"dtype {dtype}", tensor.dtype)
     if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+        raise wrong(name, f"device {device}", tensor.device)
 
 
-def check_float(name: str, tensor: torch.Tensor) -> None:
-    """Checks that a tensor holds one of the supported floating-point types.
+def _matches(got: torch.Size, shape: Shape) -> bool:
+    """Whether every length that is not None agrees."""
+    if len(got) != len(shape):
+        return False
+    return all(want is None or want == have for want, have in zip(shape, got, strict=True))
+
+
+def check_float(name: str, tensor: torch.Tensor, num_dims: int) -> None:
+    """Checks that a tensor holds a supported floating-point type and has so many dimensions.
 
     Raises:
         ValueError: It does not.
     """
-    require(tensor.dtype in FLOAT_DTYPES, name, "bfloat16, float16 or float32", tensor.dtype)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise wrong(name, "dtype bfloat16, float16 or float32", tensor.dtype)
+    if tensor.dim() != num_dims:
+        raise wrong(name, f"{num_dims} dimensions", list(tensor.shape))
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Checks that a tensor is contiguous.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not tensor.is_contiguous():
+        raise wrong(name, "a contiguous tensor", f"strides {tensor.stride()}")
 
 
 def check_dense_rows(name: str, tensor: torch.Tensor) -> None:
@@ -69,13 +70,14 @@ def check_dense_rows(name: str, tensor: torch.Tensor) -> None:
     Raises:
         ValueError: The elements of one row are not contiguous.
     """
+    if tensor.is_contiguous():
+        return
+    stride, shape = tensor.stride(), tensor.shape
     expected = 1
-    for length, stride in zip(
-        reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True
-    ):
-        if length != 1 and stride != expected:
-            raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
-        expected *= length
+    for dim in range(len(shape) - 1, 0, -1):
+        if shape[dim] != 1 and stride[dim] != expected:
+            raise wrong(name, "contiguous rows", f"strides {stride}")
+        expected *= shape[dim]
 
 
 def check_pool(
@@ -101,15 +103,15 @@ def check_pool(
     Raises:
         ValueError: Shape, strides, dtype or device do not fit.
     """
-    shape = (None, num_kv_heads, None, head_dim)
-    check_tensor("k_cache", k_cache, shape, like.dtype, like.device)
-    check_tensor("v_cache", v_cache, k_cache.shape, like.dtype, like.device)
+    dtype, device = like.dtype, like.device
+    check_tensor("k_cache", k_cache, (None, num_kv_heads, None, head_dim), dtype, device)
+    check_tensor("v_cache", v_cache, k_cache.shape, dtype, device)
     check_dense_rows("k_cache", k_cache)
-    same_strides = v_cache.stride() == k_cache.stride()
-    require(same_strides, "v_cache strides", k_cache.stride(), v_cache.stride())
+    if v_cache.stride() != k_cache.stride():
+        raise wrong("v_cache", f"strides {k_cache.stride()}", v_cache.stride())
     block_size = k_cache.shape[2]
-    is_multiple = block_size > 0 and block_size % 16 == 0
-    require(is_multiple, "k_cache block_size", "a multiple of 16", block_size)
+    if block_size == 0 or block_size % 16 != 0:
+        raise wrong("k_cache block_size", "a multiple of 16", block_size)
     return block_size
 
 
@@ -118,12 +120,13 @@ def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
 
     Raises:
         ValueError: The group size is not an integer from 1 to 16, or head_dim is not a multiple
-            of 8 up to 256.
+            of 8 from 16 to 256.
     """
-    divides = num_kv_heads > 0 and num_q_heads % num_kv_heads == 0
-    require(divides, "num_q_heads", f"a multiple of num_kv_heads={num_kv_heads}", num_q_heads)
+    if num_kv_heads == 0 or num_q_heads % num_kv_heads != 0:
+        raise wrong("num_q_heads", f"a multiple of num_kv_heads={num_kv_heads}", num_q_heads)
     group_size = num_q_heads // num_kv_heads
-    require(1 <= group_size <= 16, "group size num_q_heads/num_kv_heads", "1 to 16", group_size)
-    is_supported = 16 <= head_dim <= 256 and head_dim % 8 == 0
-    require(is_supported, "head_dim", "a multiple of 8 from 16 to 256", head_dim)
+    if not 1 <= group_size <= 16:
+        raise wrong("group size num_q_heads/num_kv_heads", "1 to 16", group_size)
+    if not 16 <= head_dim <= 256 or head_dim % 8 != 0:
+        raise wrong("head_dim", "a multiple of 8 from 16 to 256", head_dim)
     return group_size

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.checks import (
+    check_contiguous,
     check_dense_rows,
     check_float,
     check_heads,
     check_pool,
     check_tensor,
-    require,
+    wrong,
 )
 from gpu_kernels.merge_splits import merge_splits, split_workspace
 from gpu_kernels.tiles import (
@@ -29,6 +30,7 @@ from gpu_kernels.tiles import (
     decode_num_splits,
     decode_tiles,
     gpu_class,
+    next_power_of_2,
     num_multiprocessors,
 )
 
@@ -169,10 +171,9 @@ def paged_decode_attention(
     Source:
         Flash-decoding (Dao, Haziza, Massa, Sizov, 2023), https://pytorch.org/blog/flash-decoding/
     """
-    check_float("q", q)
-    require(q.dim() == 3, "q", "shape [num_seqs, num_q_heads, head_dim]", list(q.shape))
+    check_float("q", q, 3)
+    check_float("k_cache", k_cache, 4)
     num_seqs, num_q_heads, head_dim = q.shape
-    require(k_cache.dim() == 4, "k_cache", "4 dimensions", list(k_cache.shape))
     num_kv_heads = k_cache.shape[1]
     group_size = check_heads(num_q_heads, num_kv_heads, head_dim)
     block_size = check_pool(k_cache, v_cache, num_kv_heads, head_dim, q)
@@ -182,18 +183,20 @@ def paged_decode_attention(
     check_tensor("block_tables", block_tables, (num_seqs, None), torch.int32, q.device)
     check_dense_rows("block_tables", block_tables)
     check_tensor("seq_lens", seq_lens, (num_seqs,), torch.int32, q.device)
-    require(seq_lens.is_contiguous(), "seq_lens", "a contiguous tensor", seq_lens.stride())
-    require(max_seq_len >= 1, "max_seq_len", "at least 1", max_seq_len)
+    check_contiguous("seq_lens", seq_lens)
+    if max_seq_len < 1:
+        raise wrong("max_seq_len", "at least 1", max_seq_len)
     if num_splits is None:
         num_sms = num_multiprocessors(q.device)
         num_splits = decode_num_splits(num_seqs, num_kv_heads, max_seq_len, num_sms)
-    require(1 <= num_splits <= MAX_SPLITS, "num_splits", f"1 to {MAX_SPLITS}", num_splits)
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise wrong("num_splits", f"1 to {MAX_SPLITS}", num_splits)
     if num_seqs == 0:
         return
     if tiles is None:
         tiles = decode_tiles(head_dim, q.dtype, max_seq_len, gpu_class(q.device))
     partial, lse = split_workspace(out, num_splits, workspace)
-    tile_d = triton.next_power_of_2(head_dim)
+    tile_d = next_power_of_2(head_dim)
     decode_attention_kernel[(num_kv_heads, num_splits, num_seqs)](
         out, partial, lse, q, k_cache, v_cache, block_tables, seq_lens,
         softmax_scale * math.log2(math.e),

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.checks import check_float, check_pool, check_tensor, require
+from gpu_kernels.checks import check_contiguous, check_float, check_pool, check_tensor
+from gpu_kernels.tiles import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["block_ids_ptr"])
@@ -116,21 +117,21 @@ def _launch(
     unpack: bool,
 ) -> None:
     """Checks the arguments of either direction and launches the kernel."""
-    check_float("k_cache", k_cache)
-    require(k_cache.dim() == 4, "k_cache", "4 dimensions", list(k_cache.shape))
+    check_float("k_cache", k_cache, 4)
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     block_size = check_pool(k_cache, v_cache, num_kv_heads, head_dim, k_cache)
     check_tensor("block_ids", block_ids, (None,), torch.int32, k_cache.device)
+    check_contiguous("block_ids", block_ids)
     n = block_ids.shape[0]
     shapes = ((n, num_kv_heads, head_dim, block_size), (n, num_kv_heads, block_size, head_dim))
     for name, tensor, shape in zip(host_names, (k_host, v_host), shapes, strict=True):
         check_tensor(name, tensor, shape, k_cache.dtype, k_cache.device)
-        require(tensor.is_contiguous(), name, "a contiguous tensor", tensor.stride())
+        check_contiguous(name, tensor)
     if n == 0:
         return
     pack_kv_kernel[(num_kv_heads, n)](
         k_cache, v_cache, block_ids, k_host, v_host, k_cache.stride(0),
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE_T=triton.next_power_of_2(block_size), TILE_D=triton.next_power_of_2(head_dim),
+        TILE_T=next_power_of_2(block_size), TILE_D=next_power_of_2(head_dim),
         UNPACK=unpack, num_warps=4,
     )  # fmt: skip

@@ -7,7 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.checks import check_dense_rows, check_float, check_pool, check_tensor, require
+from gpu_kernels.checks import (
+    check_contiguous,
+    check_dense_rows,
+    check_float,
+    check_pool,
+    check_tensor,
+)
+from gpu_kernels.tiles import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["slot_mapping_ptr"])
@@ -65,19 +72,19 @@ def store_kv(
     Raises:
         ValueError: An argument's shape, dtype, stride or device is wrong.
     """
-    check_float("k", k)
-    require(k.dim() == 3, "k", "shape [num_tokens, num_kv_heads, head_dim]", list(k.shape))
+    check_float("k", k, 3)
     num_tokens, num_kv_heads, head_dim = k.shape
     check_tensor("v", v, k.shape, k.dtype, k.device)
     check_dense_rows("k", k)
     check_dense_rows("v", v)
     block_size = check_pool(k_cache, v_cache, num_kv_heads, head_dim, k)
     check_tensor("slot_mapping", slot_mapping, (num_tokens,), torch.int64, k.device)
+    check_contiguous("slot_mapping", slot_mapping)
     if num_tokens == 0:
         return
-    tile_h = min(16, triton.next_power_of_2(num_kv_heads))
-    store_kv_kernel[(num_tokens, triton.cdiv(num_kv_heads, tile_h))](
+    tile_h = min(16, next_power_of_2(num_kv_heads))
+    store_kv_kernel[(num_tokens, cdiv(num_kv_heads, tile_h))](
         k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), k_cache.stride(0),
         NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE_H=tile_h, TILE_D=triton.next_power_of_2(head_dim), num_warps=4,
+        TILE_H=tile_h, TILE_D=next_power_of_2(head_dim), num_warps=4,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.checks import require
-from gpu_kernels.tiles import MAX_SPLITS
+from gpu_kernels.checks import wrong
+from gpu_kernels.tiles import MAX_SPLITS, next_power_of_2
 
 TILE_SPLITS = 8
 
@@ -108,7 +108,7 @@ def merge_splits(
     num_seqs, num_q_heads, head_dim = out.shape
     merge_splits_kernel[(num_q_heads, num_seqs)](
         out, partial, lse, seq_lens, out.stride(0), num_splits, tile_n,
-        HEAD_DIM=head_dim, TILE_D=triton.next_power_of_2(head_dim), TILE_S=TILE_SPLITS,
+        HEAD_DIM=head_dim, TILE_D=next_power_of_2(head_dim), TILE_S=TILE_SPLITS,
         TILE_ALL=MAX_SPLITS, num_warps=1,
     )  # fmt: skip
 
@@ -135,10 +135,12 @@ def split_workspace(
     size = paged_decode_workspace_size(num_seqs, num_q_heads, head_dim, num_splits)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=out.device)
-    require(workspace.dtype == torch.float32, "workspace", "dtype float32", workspace.dtype)
-    require(workspace.device == out.device, "workspace", f"device {out.device}", workspace.device)
-    is_large_enough = workspace.is_contiguous() and workspace.numel() >= size
-    require(is_large_enough, "workspace", f"{size} contiguous elements", list(workspace.shape))
+    if workspace.dtype is not torch.float32:
+        raise wrong("workspace", "dtype float32", workspace.dtype)
+    if workspace.device != out.device:
+        raise wrong("workspace", f"device {out.device}", workspace.device)
+    if workspace.numel() < size or not workspace.is_contiguous():
+        raise wrong("workspace", f"{size} contiguous elements", list(workspace.shape))
     flat = workspace.view(-1)
     num_rows = num_seqs * num_q_heads * num_splits
     return flat[: num_rows * head_dim], flat[num_rows * head_dim : size]

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.checks import check_dense_rows, check_float, check_tensor, require
+from gpu_kernels.checks import check_contiguous, check_dense_rows, check_float, check_tensor, wrong
+from gpu_kernels.tiles import next_power_of_2
 
 MAX_HIDDEN_SIZE = 16384
 
@@ -92,21 +93,21 @@ def _launch(
     eps: float,
 ) -> None:
     """Checks the arguments of either norm and launches the kernel."""
-    check_float("x", x)
-    require(x.dim() == 2, "x", "shape [num_rows, hidden_size]", list(x.shape))
+    check_float("x", x, 2)
     num_rows, hidden_size = x.shape
-    is_valid = 1 <= hidden_size <= MAX_HIDDEN_SIZE
-    require(is_valid, "x hidden_size", f"1 to {MAX_HIDDEN_SIZE}", hidden_size)
+    if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
+        raise wrong("x hidden_size", f"1 to {MAX_HIDDEN_SIZE}", hidden_size)
     check_dense_rows("x", x)
     check_tensor("out", out, x.shape, x.dtype, x.device)
     check_dense_rows("out", out)
     check_tensor("weight", weight, (hidden_size,), x.dtype, x.device)
+    check_contiguous("weight", weight)
     if residual is not None:
         check_tensor("residual", residual, x.shape, x.dtype, x.device)
         check_dense_rows("residual", residual)
     if num_rows == 0:
         return
-    tile_c = triton.next_power_of_2(hidden_size)
+    tile_c = next_power_of_2(hidden_size)
     second = x if residual is None else residual
     rms_norm_kernel[(num_rows,)](
         out, x, second, weight, eps, out.stride(0), x.stride(0), second.stride(0),

@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.checks import (
+    check_contiguous,
     check_dense_rows,
     check_float,
     check_heads,
     check_pool,
     check_tensor,
-    require,
+    wrong,
 )
-from gpu_kernels.tiles import PrefillTiles, gpu_class, prefill_tiles
+from gpu_kernels.tiles import PrefillTiles, gpu_class, next_power_of_2, prefill_tiles
 
 
 @triton.jit
@@ -203,10 +204,9 @@ def paged_prefill_attention(
         FlashAttention-2 (Dao, 2023), https://arxiv.org/abs/2307.08691. A grid bounded by
         total_q // TOKENS + num_seqs: vLLM's unified Triton attention.
     """
-    check_float("q", q)
-    require(q.dim() == 3, "q", "shape [total_q, num_q_heads, head_dim]", list(q.shape))
+    check_float("q", q, 3)
+    check_float("k_cache", k_cache, 4)
     total_q, num_q_heads, head_dim = q.shape
-    require(k_cache.dim() == 4, "k_cache", "4 dimensions", list(k_cache.shape))
     num_kv_heads = k_cache.shape[1]
     group_size = check_heads(num_q_heads, num_kv_heads, head_dim)
     block_size = check_pool(k_cache, v_cache, num_kv_heads, head_dim, q)
@@ -218,10 +218,10 @@ def paged_prefill_attention(
     check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), torch.int32, q.device)
     check_tensor("block_tables", block_tables, (num_seqs, None), torch.int32, q.device)
     check_dense_rows("block_tables", block_tables)
-    require(seq_lens.is_contiguous(), "seq_lens", "a contiguous tensor", seq_lens.stride())
-    is_contiguous = cu_seqlens_q.is_contiguous()
-    require(is_contiguous, "cu_seqlens_q", "a contiguous tensor", cu_seqlens_q.stride())
-    require(max_seqlen_q >= 1, "max_seqlen_q", "at least 1", max_seqlen_q)
+    check_contiguous("seq_lens", seq_lens)
+    check_contiguous("cu_seqlens_q", cu_seqlens_q)
+    if max_seqlen_q < 1:
+        raise wrong("max_seqlen_q", "at least 1", max_seqlen_q)
     if total_q == 0 or num_seqs == 0:
         return
     if tiles is None:
@@ -232,6 +232,6 @@ def paged_prefill_attention(
         softmax_scale * math.log2(math.e),
         out.stride(0), q.stride(0), k_cache.stride(0), block_tables.stride(0), num_seqs,
         GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE_M=tiles.tile_m, TILE_D=triton.next_power_of_2(head_dim), TILE_N=tiles.tile_n,
+        TILE_M=tiles.tile_m, TILE_D=next_power_of_2(head_dim), TILE_N=tiles.tile_n,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
     )  # fmt: skip

@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.checks import check_dense_rows, check_float, check_pool, check_tensor, require
+from gpu_kernels.checks import (
+    check_contiguous,
+    check_dense_rows,
+    check_float,
+    check_pool,
+    check_tensor,
+    wrong,
+)
+from gpu_kernels.tiles import cdiv, next_power_of_2
 
 TILE_HEADS = 8
 
@@ -159,39 +167,41 @@ def rope_store_kv(
     Raises:
         ValueError: An argument's shape, dtype, stride or device is wrong.
     """
-    check_float("q", q)
-    require(q.dim() == 3, "q", "shape [num_tokens, num_q_heads, head_dim]", list(q.shape))
+    check_float("q", q, 3)
     num_tokens, num_q_heads, head_dim = q.shape
     check_tensor("k", k, (num_tokens, None, head_dim), q.dtype, q.device)
     num_kv_heads = k.shape[1]
     check_tensor("v", v, k.shape, q.dtype, q.device)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_dense_rows(name, tensor)
+    check_dense_rows("q", q)
+    check_dense_rows("k", k)
+    check_dense_rows("v", v)
     check_tensor("positions", positions, (num_tokens,), torch.int64, q.device)
     check_tensor("cos_sin_cache", cos_sin_cache, (None, None), torch.float32, q.device)
-    require(cos_sin_cache.is_contiguous(), "cos_sin_cache", "contiguous", cos_sin_cache.stride())
+    check_contiguous("cos_sin_cache", cos_sin_cache)
+    check_contiguous("positions", positions)
+    check_contiguous("slot_mapping", slot_mapping)
     rotary_dim = cos_sin_cache.shape[1]
-    is_valid = rotary_dim % 2 == 0 and 2 <= rotary_dim <= head_dim
-    require(is_valid, "cos_sin_cache rotary_dim", f"even, 2 to {head_dim}", rotary_dim)
+    if rotary_dim % 2 != 0 or not 2 <= rotary_dim <= head_dim:
+        raise wrong("cos_sin_cache rotary_dim", f"even, 2 to {head_dim}", rotary_dim)
     block_size = check_pool(k_cache, v_cache, num_kv_heads, head_dim, q)
     check_tensor("slot_mapping", slot_mapping, (num_tokens,), torch.int64, q.device)
     has_norm = q_norm_weight is not None and k_norm_weight is not None
-    has_neither = q_norm_weight is None and k_norm_weight is None
-    require(has_norm or has_neither, "k_norm_weight", "a weight with q_norm_weight", "only one")
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise wrong("k_norm_weight", "both norm weights or neither", "only one")
     if q_norm_weight is not None and k_norm_weight is not None:
         check_tensor("q_norm_weight", q_norm_weight, (head_dim,), q.dtype, q.device)
         check_tensor("k_norm_weight", k_norm_weight, (head_dim,), q.dtype, q.device)
     if num_tokens == 0:
         return
-    tile_h = min(TILE_HEADS, triton.next_power_of_2(num_q_heads))
-    head_tiles = triton.cdiv(num_q_heads, tile_h) + triton.cdiv(num_kv_heads, tile_h)
+    tile_h = min(TILE_HEADS, next_power_of_2(num_q_heads))
+    head_tiles = cdiv(num_q_heads, tile_h) + cdiv(num_kv_heads, tile_h)
     rope_store_kernel[(num_tokens, head_tiles)](
         q, k, v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping,
         q_norm_weight if has_norm else q, k_norm_weight if has_norm else q, norm_eps,
         q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0),
         NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         ROTARY_DIM=rotary_dim, BLOCK_SIZE=block_size, TILE_H=tile_h,
-        TILE_HALF=triton.next_power_of_2(rotary_dim // 2),
-        TILE_REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
-        TILE_D=triton.next_power_of_2(head_dim), HAS_NORM=has_norm, num_warps=2,
+        TILE_HALF=next_power_of_2(rotary_dim // 2),
+        TILE_REST=next_power_of_2(max(1, head_dim - rotary_dim)),
+        TILE_D=next_power_of_2(head_dim), HAS_NORM=has_norm, num_warps=2,
     )  # fmt: skip
