@@ -102,12 +102,10 @@ class PrivateApt:
             "Dir::Log": folder / "state",
             "APT::Install-Recommends": "false",
             "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
-            "APT::Architectures": "{ }",
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
             "Debug::NoLocking": "true",
         }
-        settings.pop("APT::Architectures")
         self.options = [
             part for key, value in settings.items() for part in ("-o", f"{key}={value}")
         ]

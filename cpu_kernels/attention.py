@@ -99,7 +99,8 @@ class CpuAttention:
             q: Like `out`; bf16, fp16 or fp32, and `out`, `k` and `v` of the same type.
             k_cache: One layer's K, shape from `host_kv_shapes`, contiguous; bf16, fp16 or fp32.
             v_cache: One layer's V, likewise, same type as `k_cache`.
-            block_tables: `[num_seqs, max_blocks]`, int32; entries past a request's end are not read.
+            block_tables: `[num_seqs, max_blocks]`, int32; entries past a request's end are
+                not read.
             seq_lens: `[num_seqs]`, int32: tokens to attend to, including the new one. 0 makes the
                 row of `out` zeros and appends nothing.
             softmax_scale: Factor of the scores.
@@ -108,10 +109,10 @@ class CpuAttention:
             v: The new tokens' V rows, likewise.
 
         Raises:
-            ValueError: An argument has the wrong shape, type, stride or device, or a length or block
-                id is out of range; nothing has been written then.
+            ValueError: An argument has the wrong shape, type, stride or device, or a length or
+                block id is out of range; nothing has been written then.
         """
-        num_blocks, num_kv_heads, head_dim, block_size = check_cache(k_cache, v_cache)
+        _, num_kv_heads, head_dim, _ = check_cache(k_cache, v_cache)
         num_seqs, num_q_heads = q.shape[0], q.shape[1] if q.dim() == 3 else 0
         q_shape = (num_seqs, num_q_heads, head_dim)
         check_rows("q", q, q_shape)

@@ -93,7 +93,7 @@ def _announced(
 ) -> Iterator[int]:
     """Yield the groups, reporting each."""
     for group in groups:
-        on_progress(f"{shape[0]} × {shape[1]:,} tokens, {dtype}, group size {group}")
+        on_progress(f"{shape[0]} requests of {shape[1]:,} tokens, {dtype}, group size {group}")
         yield group
 
 
@@ -146,9 +146,7 @@ def _measure(
         attention.read(other.memory)
         read_s = time.perf_counter() - started
         started = time.perf_counter()
-        attention.paged_decode_attention(
-            out, q, layer.k, layer.v, tables, seq_lens, HEAD_DIM**-0.5
-        )
+        attention.paged_decode_attention(out, q, layer.k, layer.v, tables, seq_lens, HEAD_DIM**-0.5)
         attention_s = time.perf_counter() - started
         if i:  # the first round warms up
             read_gb_s.append(other.memory.numel() * dtype.itemsize / read_s / 1e9)

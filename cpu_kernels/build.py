@@ -111,7 +111,8 @@ def load(cache_dir: Path) -> ModuleType:
     if loaded is not None:
         raise KernelBuildError("CPU kernels were rebuilt while in use: start a new process")
     spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

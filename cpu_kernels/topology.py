@@ -34,7 +34,7 @@ def num_available_cores() -> int:
 def default_num_threads() -> int:
     """Return the cores but one, which is left to the engine; at least 1.
 
-    With all cores busy, plain reading loses a fifth of its bandwidth to the process that shares one.
+    With all cores busy, plain reading loses a fifth of its bandwidth to whatever shares a core.
     """
     return max(1, num_available_cores() - 1)
 

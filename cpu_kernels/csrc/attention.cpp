@@ -6,8 +6,8 @@
 #include <string>
 
 #include "attention_ispc.h"
-#include "shapes.h"
 #include "rows_ispc.h"
+#include "shapes.h"
 
 namespace neo {
 

@@ -1,7 +1,7 @@
 #include "thread_pool.h"
 
-#include <new>
 #include <stdexcept>
+#include <string>
 
 #include <pthread.h>
 #include <sched.h>
@@ -31,26 +31,26 @@ void bind_to(int cpu) {
 
 ThreadPool::ThreadPool(int num_threads, const std::vector<int> &cpus,
                        std::chrono::microseconds spin)
-    : spin_(spin), owner_(getpid()) {
-    threads_.reserve(num_threads);
-    for (int i = 0; i < num_threads; i++)
-        threads_.emplace_back(&ThreadPool::work, this, i,
-                              cpus.empty() ? -1 : cpus[i % cpus.size()]);
+    : owner_(getpid()), state_(std::make_unique<State>(spin)) {
+    state_->threads.reserve(num_threads);
+    for (int i = 0; i < num_threads; i++) {
+        const int cpu = cpus.empty() ? -1 : cpus[i % cpus.size()];
+        state_->threads.emplace_back(&State::work, state_.get(), i, cpu);
+    }
 }
 
 ThreadPool::~ThreadPool() {
     if (getpid() != owner_) {
-        // The handles name threads of the parent: neither join nor destroy them.
-        new std::vector<std::thread>(std::move(threads_));
+        static_cast<void>(state_.release());
         return;
     }
     {
-        std::lock_guard<std::mutex> lock(mutex_);
-        stop_.store(true, std::memory_order_relaxed);
-        generation_.fetch_add(1, std::memory_order_release);
+        std::lock_guard<std::mutex> lock(state_->mutex);
+        state_->stop.store(true, std::memory_order_relaxed);
+        state_->generation.fetch_add(1, std::memory_order_release);
     }
-    wake_.notify_all();
-    for (std::thread &thread : threads_)
+    state_->wake.notify_all();
+    for (std::thread &thread : state_->threads)
         thread.join();
 }
 
@@ -60,30 +60,31 @@ void ThreadPool::for_each(int64_t count, const std::function<void(int64_t)> &bod
                                  "this process; create it after forking");
     if (count <= 0)
         return;
-    body_ = &body;
-    count_ = count;
-    error_ = nullptr;
-    next_.store(0, std::memory_order_relaxed);
-    busy_.store(size(), std::memory_order_relaxed);
+    State &state = *state_;
+    state.body = &body;
+    state.count = count;
+    state.error = nullptr;
+    state.next.store(0, std::memory_order_relaxed);
+    state.busy.store(size(), std::memory_order_relaxed);
     {
-        std::lock_guard<std::mutex> lock(mutex_);
-        generation_.fetch_add(1, std::memory_order_release);
+        std::lock_guard<std::mutex> lock(state.mutex);
+        state.generation.fetch_add(1, std::memory_order_release);
     }
-    wake_.notify_all();
-    const auto done = [this] { return busy_.load(std::memory_order_acquire) == 0; };
-    if (!poll(done)) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        finished_.wait(lock, done);
+    state.wake.notify_all();
+    const auto done = [&] { return state.busy.load(std::memory_order_acquire) == 0; };
+    if (!state.poll(done)) {
+        std::unique_lock<std::mutex> lock(state.mutex);
+        state.finished.wait(lock, done);
     }
-    if (error_)
-        std::rethrow_exception(error_);
+    if (state.error)
+        std::rethrow_exception(state.error);
 }
 
-// True as soon as done() is, false if it still is not when spin_ has passed.
-bool ThreadPool::poll(const std::function<bool()> &done) const {
+// True as soon as done() is, false if it still is not when `spin` has passed.
+template <typename Done> bool ThreadPool::State::poll(const Done &done) const {
     if (done())
         return true;
-    const auto deadline = std::chrono::steady_clock::now() + spin_;
+    const auto deadline = std::chrono::steady_clock::now() + spin;
     while (std::chrono::steady_clock::now() < deadline)
         for (int i = 0; i < 16; i++) {
             if (done())
@@ -93,45 +94,44 @@ bool ThreadPool::poll(const std::function<bool()> &done) const {
     return done();
 }
 
-void ThreadPool::work(int thread, int cpu) {
+void ThreadPool::State::work(int thread, int cpu) {
     if (cpu >= 0)
         bind_to(cpu);
     const std::string name = "neo-attn-" + std::to_string(thread);
     pthread_setname_np(pthread_self(), name.c_str());
     uint32_t seen = 0;
-    const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+    const auto called = [&] { return generation.load(std::memory_order_acquire) != seen; };
     for (;;) {
         if (!poll(called)) {
-            std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, called);
+            std::unique_lock<std::mutex> lock(mutex);
+            wake.wait(lock, called);
         }
         seen++;
-        if (stop_.load(std::memory_order_relaxed))
+        if (stop.load(std::memory_order_relaxed))
             return;
         drain();
-        if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-            // Taking the lock keeps the caller from missing the call between test and sleep.
-            {
-                std::lock_guard<std::mutex> lock(mutex_);
-            }
-            finished_.notify_one();
+        if (busy.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            // Notified under the lock, so that the caller cannot return, and destroy the pool,
+            // in between.
+            std::lock_guard<std::mutex> lock(mutex);
+            finished.notify_one();
         }
     }
 }
 
-void ThreadPool::drain() noexcept {
+void ThreadPool::State::drain() noexcept {
     try {
         for (;;) {
-            const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-            if (i >= count_)
+            const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+            if (i >= count)
                 return;
-            (*body_)(i);
+            (*body)(i);
         }
     } catch (...) {
-        std::lock_guard<std::mutex> lock(error_mutex_);
-        if (!error_)
-            error_ = std::current_exception();
-        next_.store(count_, std::memory_order_relaxed);
+        std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error)
+            error = std::current_exception();
+        next.store(count, std::memory_order_relaxed);
     }
 }
 

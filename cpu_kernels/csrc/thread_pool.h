@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -23,12 +24,12 @@ class ThreadPool {
     // cpus: the core of each thread, or empty to let the system place them.
     // spin: how long an idle thread and a waiting caller poll before they sleep.
     ThreadPool(int num_threads, const std::vector<int> &cpus, std::chrono::microseconds spin);
-    // Ends and joins the threads. After a fork the child has none, and drops their handles.
+    // Ends and joins the threads.
     ~ThreadPool();
     ThreadPool(const ThreadPool &) = delete;
     ThreadPool &operator=(const ThreadPool &) = delete;
 
-    int size() const { return static_cast<int>(threads_.size()); }
+    int size() const { return static_cast<int>(state_->threads.size()); }
 
     // Run body(0) ... body(count - 1) on the pool, in any order, and wait for all.
     // The first exception of a body is rethrown here; bodies not yet started are then dropped.
@@ -36,27 +37,34 @@ class ThreadPool {
     void for_each(int64_t count, const std::function<void(int64_t)> &body);
 
   private:
-    void work(int thread, int cpu);
-    void drain() noexcept;
-    bool poll(const std::function<bool()> &done) const;
+    // On the heap, because a forked child, which has none of the threads, must abandon it whole:
+    // destroying a condition variable waits for its sleepers.
+    struct State {
+        explicit State(std::chrono::microseconds spin) : spin(spin) {}
+        void work(int thread, int cpu);
+        void drain() noexcept;
+        template <typename Done> bool poll(const Done &done) const;
 
-    const std::chrono::microseconds spin_;
+        const std::chrono::microseconds spin;
+        std::vector<std::thread> threads;
+
+        // The job; written by for_each before generation announces it.
+        const std::function<void(int64_t)> *body = nullptr;
+        int64_t count = 0;
+        std::exception_ptr error;
+        std::mutex error_mutex;
+
+        alignas(64) std::atomic<int64_t> next{0};
+        alignas(64) std::atomic<uint32_t> generation{0};
+        alignas(64) std::atomic<int> busy{0};
+        std::atomic<bool> stop{false};
+        std::mutex mutex;
+        std::condition_variable wake;
+        std::condition_variable finished;
+    };
+
     const pid_t owner_;
-    std::vector<std::thread> threads_;
-
-    // The job; written by for_each before generation_ announces it.
-    const std::function<void(int64_t)> *body_ = nullptr;
-    int64_t count_ = 0;
-    std::exception_ptr error_;
-    std::mutex error_mutex_;
-
-    alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<uint32_t> generation_{0};
-    alignas(64) std::atomic<int> busy_{0};
-    std::atomic<bool> stop_{false};
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::condition_variable finished_;
+    std::unique_ptr<State> state_;
 };
 
 } // namespace neo

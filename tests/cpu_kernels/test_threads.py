@@ -1,0 +1,110 @@
+"""The pool: several callers, failing workers, closing, forking, leaving."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpu_kernels.attention import CpuAttention
+from tests.cpu_kernels.oracle import Case, make_case
+
+pytestmark = pytest.mark.ispc
+
+
+def run(attention: CpuAttention, case: Case) -> torch.Tensor:
+    out = torch.empty_like(case.q)
+    attention.paged_decode_attention(
+        out,
+        case.q,
+        case.k_cache,
+        case.v_cache,
+        case.block_tables,
+        case.seq_lens,
+        case.scale,
+    )
+    return out
+
+
+def num_attention_threads() -> int:
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum(name.startswith("neo-attn") for name in names)
+
+
+@pytest.mark.parametrize("spin_us", [0, 20])
+def test_several_python_threads_at_once(kernel_cache: Path, spin_us: int) -> None:
+    cases = [make_case([seed * 97 + 1, 600], seed=seed, head_dim=64) for seed in range(4)]
+    wrong: list[int] = []
+    with CpuAttention(kernel_cache, 3, spin_us=spin_us) as attention:
+        expected = [run(attention, case) for case in cases]
+
+        def repeat(i: int) -> None:
+            for _ in range(50):
+                if not torch.equal(run(attention, cases[i]), expected[i]):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_worker_exception_reaches_the_caller_and_the_pool_lives_on(kernel_cache: Path) -> None:
+    case = make_case([100])
+    with CpuAttention(kernel_cache, 2) as attention:
+        expected = run(attention, case)
+        for _ in range(20):
+            with pytest.raises(RuntimeError, match=r"^worker failed on purpose$"):
+                attention._context.fail_in_worker("worker failed on purpose")
+        assert torch.equal(run(attention, case), expected)
+
+
+def test_close_joins_the_threads(kernel_cache: Path) -> None:
+    before = num_attention_threads()
+    attention = CpuAttention(kernel_cache, 3)
+    assert attention.num_threads == 3
+    assert num_attention_threads() == before + 3
+    attention.close()
+    attention.close()
+    assert num_attention_threads() == before
+    with pytest.raises(ValueError, match=r"closed"):
+        run(attention, make_case([5]))
+
+
+def test_default_leaves_a_core(kernel_cache: Path) -> None:
+    with CpuAttention(kernel_cache) as attention:
+        assert 1 <= attention.num_threads <= max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+SCRIPT = """
+import os, sys, torch
+from pathlib import Path
+from cpu_kernels.attention import CpuAttention
+attention = CpuAttention(Path(sys.argv[1]), 2)
+k_cache, v_cache = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 16, 64)
+rows = torch.ones(1, 1, 64)
+attention.store_kv(rows, rows, k_cache, v_cache, torch.tensor([0]))
+child = os.fork()
+if child == 0:
+    try:
+        attention.store_kv(rows, rows, k_cache, v_cache, torch.tensor([1]))
+    except RuntimeError as error:
+        assert "fork" in str(error)
+        attention.close()
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+attention.store_kv(rows, rows, k_cache, v_cache, torch.tensor([1]))
+print("done")
+"""
+
+
+def test_fork_and_exit_without_close(kernel_cache: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(kernel_cache)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
