@@ -47,7 +47,7 @@ def rms_norm_kernel(
         tl.store(residual_ptrs, total, mask=mask)
         x = total.to(tl.float32)
     weight = tl.load(weight_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / HIDDEN_SIZE + eps)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / HIDDEN_SIZE + eps))
     normed = (x * scale).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * stride_out + offs_c, (normed * weight).to(dtype), mask=mask)
 

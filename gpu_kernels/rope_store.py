@@ -28,7 +28,7 @@ TILE_HEADS = 8
 def norm_scale(low, high, rest, eps, HEAD_DIM: tl.constexpr):
     """Returns 1 / RMS of each head's row, given as two rotated halves and the rest, [TILE_H, 1]."""
     square_sum = tl.sum(low * low, 1) + tl.sum(high * high, 1) + tl.sum(rest * rest, 1)
-    return (1.0 / tl.sqrt(square_sum / HEAD_DIM + eps))[:, None]
+    return tl.div_rn(1.0, tl.sqrt_rn(square_sum / HEAD_DIM + eps))[:, None]
 
 
 @triton.jit(do_not_specialize=["positions_ptr", "slot_mapping_ptr"])

@@ -21,6 +21,7 @@ def median_us(launches: Sequence[Launch], *, rounds: int = 4, replays: int = 7) 
         Microseconds a launch.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for launch in launches:
             launch()

@@ -9,7 +9,7 @@ import sys
 import time
 
 import torch
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from gpu_kernels.bench_inputs import Heads, causal_flops, decode_input_sets, make_paged_inputs
 from gpu_kernels.tiles import DecodeTiles, PrefillTiles
@@ -48,7 +48,7 @@ def try_us(launches: list[Launch], rounds: int) -> float | None:
     """Median time, or None where the tiles do not fit the GPU."""
     try:
         return median_us(launches, rounds=rounds, replays=5)
-    except OutOfResources:
+    except (OutOfResources, PTXASError):
         return None
 
 

@@ -120,7 +120,7 @@ def check_rope_store(
     k_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
     v_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
     expected_v_cache, old_k_cache = v_cache.clone(), k_cache.clone()
-    weights = torch.randn(2, head_dim, generator=generator).to(dtype).to(device)
+    weights = (1 + 0.3 * torch.randn(2, head_dim, generator=generator)).to(dtype).to(device)
     exact, plain = [], []
     for x, weight in ((q, weights[0]), (k, weights[1])):
         wide = oracle.rms_norm(x.float(), weight.float(), 1e-6) if with_norm else x.float()
@@ -220,7 +220,7 @@ def check_norm(
     """Checks both norms; rows are strided views, the output of the second is its input."""
     x = random_rows(num_rows, 1, hidden_size, dtype, device, seed=1)[:, 0]
     residual = random_rows(num_rows, 1, hidden_size, dtype, device, seed=2)[:, 0]
-    weight = random_rows(1, 1, hidden_size, dtype, device, seed=3)[0, 0].clone()
+    weight = 1 + 0.3 * random_rows(1, 1, hidden_size, dtype, device, seed=3)[0, 0]
     out = torch.full((num_rows, hidden_size), float("nan"), dtype=dtype, device=device)
     rms_norm(out, x, weight, 1e-5)
     wide_weight = weight.float()
@@ -242,7 +242,8 @@ def check_silu(
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
 ) -> None:
-    gate_up = random_rows(num_rows, 2, intermediate_size, dtype, device).flatten(1) * 3
+    gate_up = random_rows(num_rows, 2, intermediate_size, dtype, device).flatten(1) / 2
+    gate_up[:, 0] = -200.0
     out = torch.full((num_rows, intermediate_size), float("nan"), dtype=dtype, device=device)
     silu_and_mul(out, gate_up)
     oracle.assert_close(out, oracle.silu_and_mul(gate_up.float()), oracle.silu_and_mul(gate_up))
