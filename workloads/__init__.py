@@ -1,0 +1,1 @@
+"""What NEO is measured with: workloads, benchmarks and their results."""
