@@ -7,6 +7,7 @@ are read from it by hand. Never runs at serving time.
 import itertools
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
@@ -52,8 +53,13 @@ def try_us(launches: list[Launch], rounds: int) -> float | None:
         return None
 
 
+def brief(tiles: DecodeTiles | PrefillTiles) -> str:
+    """The tiles' fields as name and number."""
+    return " ".join(f"{name} {value}" for name, value in asdict(tiles).items() if value)
+
+
 def tune_decode(heads: Heads, device: torch.device) -> None:
-    """Prints the fifteen best tiles and splits of each shape."""
+    """Prints the ten best tiles and splits of each shape."""
     for num_seqs, seq_len in DECODE_SHAPES:
         sets = decode_input_sets(heads, num_seqs, seq_len, device)
         chosen = median_us([inputs.decode() for inputs in sets])
@@ -64,8 +70,10 @@ def tune_decode(heads: Heads, device: torch.device) -> None:
             launches = [inputs.decode(splits, tiles) for inputs in sets]
             if (us := try_us(launches, rounds=2)) is not None:
                 results.append((us, splits, tiles))
-        for us, splits, tiles in sorted(results, key=lambda result: result[0])[:15]:
-            print(f"{us:9.1f} us {terabytes / us * 1e6:6.2f} TB/s  splits {splits:2}  {tiles}")
+        for us, splits, tiles in sorted(results, key=lambda result: result[0])[:10]:
+            print(
+                f"{us:9.1f} us {terabytes / us * 1e6:6.2f} TB/s  splits {splits:2}  {brief(tiles)}"
+            )
         del sets
 
 
@@ -81,7 +89,7 @@ def tune_prefill(heads: Heads, device: torch.device) -> None:
             if (us := try_us([inputs.prefill(tiles)], rounds=4)) is not None:
                 results.append((us, tiles))
         for us, tiles in sorted(results, key=lambda result: result[0]):
-            print(f"{us:9.1f} us {flops / us / 1e6:6.0f} TFLOP/s  {tiles}")
+            print(f"{us:9.1f} us {flops / us / 1e6:6.0f} TFLOP/s  {brief(tiles)}")
 
 
 def main() -> None:
