@@ -52,6 +52,8 @@ class ModelRunner:
         try:
             self._model = self._make_model(config, checkpoint, max_model_len, on_progress)
             shape = self._model.attention_shape(config.block_size)
+            on_progress("preparing kernels")
+            self._backend.prepare(self.model_config, shape)
             num_blocks = self._num_blocks(config, shape, max_model_len)
             self.pool = BlockPool(num_blocks, config.block_size)
             self.max_model_len = fit_max_model_len(config, max_model_len, self.pool.capacity_tokens)

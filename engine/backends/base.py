@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from engine.batch import Batch
+from engine.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,9 @@ class Backend(Protocol):
     @property
     def description(self) -> str:
         """What computes what, for people."""
+
+    def prepare(self, config: ModelConfig, shape: AttentionShape) -> None:
+        """Compile or load every kernel that serving the model will launch."""
 
     def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
         """Make the device pool.

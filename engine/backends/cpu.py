@@ -12,6 +12,7 @@ from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, LayerNorms
 from engine.batch import Batch
 from engine.errors import CapacityError, ConfigError
+from engine.model_config import ModelConfig
 from engine.paths import cache_dir
 
 
@@ -42,6 +43,9 @@ class CpuBackend:
             f"linear layers by torch with {torch.get_num_threads()} threads, "
             f"decode attention by ISPC kernels with {self._kernels.num_threads}"
         )
+
+    def prepare(self, config: ModelConfig, shape: AttentionShape) -> None:
+        """Nothing to do: the kernels are built ahead of time for every model."""
 
     def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
         """Make the device pool; see `Backend`."""

@@ -4,11 +4,13 @@ import torch
 
 from engine.backends.base import AttentionShape, LayerNorms
 from engine.batch import Batch
+from engine.model_config import ModelConfig
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.warmup import ModelShape, precompile
 
 
 class CudaBackend:
@@ -29,6 +31,23 @@ class CudaBackend:
         """What computes what, for people."""
         name = torch.cuda.get_device_name(self.device)
         return f"linear layers by cuBLAS, attention by Triton, on {name}"
+
+    def prepare(self, config: ModelConfig, shape: AttentionShape) -> None:
+        """Compile the model's kernels, or load them from Triton's cache."""
+        with torch.cuda.device(self.device):
+            precompile(
+                ModelShape(
+                    num_q_heads=shape.num_q_heads,
+                    num_kv_heads=shape.num_kv_heads,
+                    head_dim=shape.head_dim,
+                    hidden_size=config.hidden_size,
+                    intermediate_size=config.intermediate_size,
+                    block_size=shape.block_size,
+                    dtype=shape.dtype,
+                    has_qk_norm=config.qk_norm,
+                ),
+                self.device,
+            )
 
     def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
         """Make the device pool; see `Backend`."""

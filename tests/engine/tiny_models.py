@@ -61,7 +61,12 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "smollm2": (
         LlamaConfig,
         LlamaForCausalLM,
-        {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1},
+        {
+            "tie_word_embeddings": True,
+            "hidden_size": 192,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+        },
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 80}),
     "qwen2.5": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),

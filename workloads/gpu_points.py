@@ -1,0 +1,69 @@
+"""What `make bench-gpu` measures of the whole engine, each as one function on a running engine."""
+
+import statistics
+import time
+
+from engine.llm_engine import LLMEngine
+from engine.sampling_params import SamplingParams
+from workloads.synthetic import WorkloadRequest, synthetic_workload
+
+
+def run_to_end(engine: LLMEngine, requests: list[WorkloadRequest]) -> float:
+    """Run requests that all arrive at once and return the seconds until the last has finished."""
+    start = time.perf_counter()
+    for number, request in enumerate(requests):
+        params = SamplingParams(
+            temperature=0, max_tokens=request.num_output_tokens, ignore_eos=True
+        )
+        engine.add_request(str(number), request.prompt_token_ids, params)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return time.perf_counter() - start
+
+
+def decode_step_ms(engine: LLMEngine, num_seqs: int, context_len: int, num_steps: int) -> float:
+    """Return the median wall time of a decode step, everything included.
+
+    Args:
+        engine: Idle.
+        num_seqs: Requests in each step.
+        context_len: Mean tokens of a request over the measured steps.
+        num_steps: Steps measured.
+    """
+    prompt_len = context_len - num_steps // 2
+    requests = synthetic_workload(num_seqs, prompt_len, 1, _vocab_size(engine), seed=1)
+    for number, request in enumerate(requests):
+        prompt = (request.prompt_token_ids * 2)[:prompt_len]
+        params = SamplingParams(temperature=0, max_tokens=num_steps + 8, ignore_eos=True)
+        engine.add_request(str(number), prompt, params)
+    times = []
+    while engine.has_unfinished_requests():
+        prefilled = engine.stats.prefill_tokens
+        start = time.perf_counter()
+        outputs = engine.step()
+        seconds = time.perf_counter() - start
+        if engine.stats.prefill_tokens == prefilled and len(outputs) == num_seqs:
+            times.append(seconds)
+    return statistics.median(times[2 : num_steps + 2]) * 1e3
+
+
+def prefill_tokens_per_s(engine: LLMEngine, num_seqs: int, prompt_len: int, repeats: int) -> float:
+    """Return the median rate at which prompts are processed, one token generated for each."""
+    rates = []
+    for repeat in range(repeats):
+        requests = [
+            WorkloadRequest((r.prompt_token_ids * 2)[:prompt_len], 1)
+            for r in synthetic_workload(num_seqs, prompt_len, 1, _vocab_size(engine), seed=repeat)
+        ]
+        rates.append(num_seqs * prompt_len / run_to_end(engine, requests))
+    return statistics.median(rates)
+
+
+def throughput_requests_per_s(engine: LLMEngine, num_requests: int, output_len: int) -> float:
+    """Return the rate of requests of about 1,000 tokens in and `output_len` out, all at once."""
+    requests = synthetic_workload(num_requests, 1000, output_len, _vocab_size(engine), seed=0)
+    return num_requests / run_to_end(engine, requests)
+
+
+def _vocab_size(engine: LLMEngine) -> int:
+    return engine.runner.model_config.vocab_size
