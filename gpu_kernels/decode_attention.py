@@ -34,8 +34,6 @@ from gpu_kernels.tiles import (
     num_multiprocessors,
 )
 
-# A max_seq_len of each class the tile table tells apart.
-SEQ_LEN_CLASSES = (1, 1 << 20)
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_splits", "block_tables_ptr", "seq_lens_ptr"])
@@ -147,8 +145,8 @@ def paged_decode_attention(
     """Computes attention of one new token a sequence over its cached K and V.
 
     Scores, softmax and sums are float32. Rows with seq_len 0 (padding of a captured batch) read
-    neither block table nor pool and give zeros. The result depends on `num_splits` and `tiles` by
-    rounding; fix both, or `max_seq_len`, where runs must repeat bit for bit.
+    neither block table nor pool and give zeros. The result depends on `num_splits` by
+    rounding; fix it, or `max_seq_len`, where runs must repeat bit for bit.
 
     Args:
         out: [num_seqs, num_q_heads, head_dim], q's dtype, rows may be strided; overwritten.
@@ -159,7 +157,7 @@ def paged_decode_attention(
         seq_lens: [num_seqs], int32, tokens, the new one included (its K and V are in the pool).
         softmax_scale: Factor on q·k before the softmax.
         max_seq_len: Host-side bound or estimate of the longest sequence, tokens; it steers
-            splits and tiles only, the result is right whatever it is.
+            the splits only, the result is right whatever it is.
         num_splits: Splits a sequence, 1 to 64; None lets `decode_num_splits` choose.
         workspace: Contiguous float32 tensor of at least `paged_decode_workspace_size` elements;
             None allocates one (from the caching allocator, safe under graph capture).
@@ -194,7 +192,7 @@ def paged_decode_attention(
     if num_seqs == 0:
         return
     if tiles is None:
-        tiles = decode_tiles(head_dim, q.dtype, max_seq_len, gpu_class(q.device))
+        tiles = decode_tiles(head_dim, q.dtype, gpu_class(q.device))
     partial, lse = split_workspace(out, num_splits, workspace)
     tile_d = next_power_of_2(head_dim)
     decode_attention_kernel[(num_kv_heads, num_splits, num_seqs)](

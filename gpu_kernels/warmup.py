@@ -119,14 +119,12 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
         seconds = time.perf_counter() - start
         compiled.append(CompiledKernel(name=name, seconds=seconds, was_new=was_new))
 
-    for max_seq_len in decode_attention.SEQ_LEN_CLASSES:
-        for num_splits in (1, 2):
-            launch(
-                f"decode attention, {max_seq_len} tokens, {num_splits} splits",
-                decode_attention.paged_decode_attention,
-                out, q, k_cache, v_cache, tables, seq_lens, 1.0,
-                max_seq_len=max_seq_len, num_splits=num_splits,
-            )  # fmt: skip
+    for num_splits in (1, 2):
+        launch(
+            f"decode attention, {num_splits} splits", decode_attention.paged_decode_attention,
+            out, q, k_cache, v_cache, tables, seq_lens, 1.0,
+            max_seq_len=1, num_splits=num_splits,
+        )  # fmt: skip
     launch(
         "prefill attention", prefill_attention.paged_prefill_attention,
         out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 1.0, max_seqlen_q=1,

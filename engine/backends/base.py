@@ -61,8 +61,8 @@ class Backend(Protocol):
     def description(self) -> str:
         """What computes what, for people."""
 
-    def prepare(self, config: ModelConfig, shape: AttentionShape) -> None:
-        """Compile or load every kernel that serving the model will launch."""
+    def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
+        """Compile or load every kernel that serving the model will launch; return how many."""
 
     def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
         """Make the device pool.

@@ -44,8 +44,9 @@ class CpuBackend:
             f"decode attention by ISPC kernels with {self._kernels.num_threads}"
         )
 
-    def prepare(self, config: ModelConfig, shape: AttentionShape) -> None:
+    def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Nothing to do: the kernels are built ahead of time for every model."""
+        return 0
 
     def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
         """Make the device pool; see `Backend`."""

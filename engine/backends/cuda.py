@@ -32,10 +32,10 @@ class CudaBackend:
         name = torch.cuda.get_device_name(self.device)
         return f"linear layers by cuBLAS, attention by Triton, on {name}"
 
-    def prepare(self, config: ModelConfig, shape: AttentionShape) -> None:
+    def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Compile the model's kernels, or load them from Triton's cache."""
         with torch.cuda.device(self.device):
-            precompile(
+            compiled = precompile(
                 ModelShape(
                     num_q_heads=shape.num_q_heads,
                     num_kv_heads=shape.num_kv_heads,
@@ -48,6 +48,7 @@ class CudaBackend:
                 ),
                 self.device,
             )
+        return len(compiled)
 
     def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
         """Make the device pool; see `Backend`."""

@@ -13,7 +13,7 @@ from tests.engine.prompts import PROMPTS
 from tests.markers import GPU_MARKS
 from workloads.model_shapes import model_shape_folder
 
-pytestmark = GPU_MARKS
+pytestmark = list(GPU_MARKS)
 NUM_TOKENS = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 FLOAT32_TIE = 2e-4
