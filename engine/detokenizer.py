@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-MAX_INCOMPLETE_TOKENS = 8
-"""A UTF-8 character has at most four bytes, so more undecodable tokens than this are not one."""
+MAX_INCOMPLETE_BYTES = 3
+"""A UTF-8 character has at most four bytes, so no more than this can wait for the last one."""
 
+MAX_WINDOW_TOKENS = 32
+"""Tokens that are decoded again for each new one, where text never comes to a clean end."""
+
+_OVERLAP_TOKENS = 16
 _REPLACEMENT = "\ufffd"
 
 
@@ -28,8 +32,8 @@ class IncrementalDetokenizer:
     """The text of one request, growing token by token.
 
     A tokenizer may decode a token differently after another one (spaces, bytes of one character),
-    so each piece is the difference between decoding a short window with and without the newest
-    tokens.
+    so each piece is what a short window of the newest tokens decodes to, beyond what is known of
+    it already. Replacement characters at the end wait: they may become a character yet.
 
     Args:
         tokenizer: Decodes.
@@ -56,7 +60,8 @@ class IncrementalDetokenizer:
         self._token_ids: list[int] = []
         self._window_start = 0
         self._decoded_end = 0
-        self._search_start = 0
+        self._num_known = 0
+        self._num_searched = 0
         self._num_released = 0
         self._text = ""
         self.stop_string: str | None = None
@@ -72,7 +77,7 @@ class IncrementalDetokenizer:
         if self.stop_string is not None:
             return ""
         self._token_ids.append(token_id)
-        self._text += self._decode_new(is_last=False)
+        self._text += self._decode_new()
         self._find_stop()
         if self.stop_string is not None:
             return self._release(len(self._text))
@@ -80,9 +85,6 @@ class IncrementalDetokenizer:
 
     def finish(self) -> str:
         """Return what was held back, except an incomplete character."""
-        if self.stop_string is None:
-            self._text += self._decode_new(is_last=True)
-            self._find_stop()
         return self._release(len(self._text))
 
     def _decode(self, start: int, end: int) -> str:
@@ -92,32 +94,40 @@ class IncrementalDetokenizer:
             clean_up_tokenization_spaces=False,
         )
 
-    def _decode_new(self, *, is_last: bool) -> str:
+    def _decode_new(self) -> str:
+        """Return the text that the newest token makes certain."""
         end = len(self._token_ids)
-        known = self._decode(self._window_start, self._decoded_end)
         full = self._decode(self._window_start, end)
-        if full.endswith(_REPLACEMENT):
-            if is_last:
-                return full.rstrip(_REPLACEMENT)[len(known) :]
-            if end - self._decoded_end < MAX_INCOMPLETE_TOKENS:
-                return ""
-        self._window_start, self._decoded_end = self._decoded_end, end
-        return full[len(known) :]
+        complete = full.rstrip(_REPLACEMENT)
+        certain = full[: max(len(complete), len(full) - MAX_INCOMPLETE_BYTES)]
+        new = certain[self._num_known :]
+        self._num_known = max(self._num_known, len(certain))
+        if new and len(certain) == len(full):
+            self._move_window(self._decoded_end, len(full))
+            self._decoded_end = end
+        elif end - self._window_start > MAX_WINDOW_TOKENS:
+            self._move_window(end - _OVERLAP_TOKENS, len(full))
+        return new
+
+    def _move_window(self, start: int, full_length: int) -> None:
+        """Let the window begin at token `start`; as many characters at its end stay unknown."""
+        num_unknown = full_length - self._num_known
+        self._window_start = start
+        self._num_known = max(0, len(self._decode(start, len(self._token_ids))) - num_unknown)
 
     def _find_stop(self) -> None:
-        """Cut the text at the first stop string, if there is one."""
-        if not self._stop or len(self._token_ids) < self._min_tokens:
-            # What came before the minimum is never searched again.
-            self._search_start = len(self._text)
-            return
-        found = [(at, s) for s in self._stop if (at := self._text.find(s, self._search_start)) >= 0]
+        """Cut the text at the first stop string that the newest tokens completed."""
+        found = []
+        if len(self._token_ids) >= self._min_tokens:
+            for stop in self._stop:
+                at = self._text.find(stop, max(0, self._num_searched - len(stop) + 1))
+                if at >= 0:
+                    found.append((at, stop))
+        self._num_searched = len(self._text)
         if found:
             at, self.stop_string = min(found, key=lambda pair: (pair[0], -len(pair[1])))
             end = at + len(self.stop_string) if self._include_stop_str else at
             self._text = self._text[:end]
-        else:
-            longest = max(map(len, self._stop))
-            self._search_start = max(self._search_start, len(self._text) - longest + 1)
 
     def _num_held_back(self) -> int:
         """Return the length of the longest end of the text that begins a stop string."""
