@@ -91,9 +91,8 @@ def _adjust(logits: torch.Tensor, requests: Sequence[Request]) -> None:
         if params.has_penalties:
             _penalise(logits[row], request)
         if params.logit_bias:
-            ids = [token_id for token_id in params.logit_bias if token_id < vocab_size]
-            bias = [params.logit_bias[token_id] for token_id in ids]
-            logits[row, ids] += torch.tensor(bias, device=logits.device)
+            bias = torch.tensor(list(params.logit_bias.values()), device=logits.device)
+            logits[row, list(params.logit_bias)] += bias
         if len(request.output_token_ids) < params.min_tokens:
             banned = [token_id for token_id in request.stop_ids if token_id < vocab_size]
             logits[row, banned] = float("-inf")
@@ -120,7 +119,9 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
 
     params = [request.params for request in requests]
-    scaled = logits.double() / column([p.temperature for p in params])
+    # From the maximum down, so that no temperature is too small.
+    below = logits.double() - logits.amax(dim=-1, keepdim=True)
+    scaled = below / column([p.temperature for p in params])
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[-1], device=logits.device)
     probs = ordered.softmax(dim=-1)

@@ -23,7 +23,8 @@ class SamplingParams:
         frequency_penalty: Subtracted once per occurrence in the output. [-2, 2].
         seed: Makes this request's draws reproducible, whatever runs beside it.
         logit_bias: Token id to a number added to its logit, in [-100, 100].
-        stop: Strings that end the output; not part of it unless `include_stop_str_in_output`.
+        stop: Strings, or one, that end the output; not part of it unless
+            `include_stop_str_in_output`.
         stop_token_ids: Tokens that end the output.
         ignore_eos: Go on after the model's end-of-sequence token.
         max_tokens: Most tokens to generate, at least 1; None is up to the context limit.
@@ -55,10 +56,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         self._check_range("temperature", self.temperature, 0.0, float("inf"))
         self._check_range("min_p", self.min_p, 0.0, 1.0)
         self._check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -103,8 +104,10 @@ class SamplingParams:
             self._check(token_id >= 0, "stop_token_ids", "token ids of at least 0", token_id)
 
     def _check_range(self, name: str, value: float, low: float, high: float) -> None:
-        self._check(low <= value <= high, name, f"between {low} and {high}", value)
-        self._check(value != float("inf"), name, "a finite number", value)
+        expected = f"between {low} and {high}"
+        if high == float("inf"):
+            expected = f"a finite number of at least {low}"
+        self._check(low <= value <= high and value != float("inf"), name, expected, value)
 
     @staticmethod
     def _check(ok: bool, name: str, expected: str, got: object) -> None:
