@@ -1,7 +1,7 @@
 """The offline API: prompts in, completions out, with vLLM's conventions."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from engine.config import EngineConfig
@@ -91,7 +91,7 @@ class LLM:
         Raises:
             RequestError: The model has no chat template, or a conversation is invalid.
         """
-        single = bool(messages) and isinstance(messages[0], dict)
+        single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts = [self.engine.chat_prompt(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params)
@@ -100,7 +100,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Complete prompts and yield an output for every new token of any of them.
 
         Leaving the iterator early aborts what is unfinished.
@@ -117,8 +117,14 @@ class LLM:
                 request_id = str(next(self._ids))
                 self.engine.add_request(request_id, prompt, own)
                 request_ids.append(request_id)
-            while self.engine.has_unfinished_requests():
-                yield from self.engine.step()
+            unfinished = set(request_ids)
+            while unfinished and self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    if output.request_id not in unfinished:
+                        continue  # of a request that the caller added to the engine itself
+                    if output.finished:
+                        unfinished.remove(output.request_id)
+                    yield output
         finally:
             for request_id in request_ids:
                 self.engine.abort_request(request_id)

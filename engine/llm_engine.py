@@ -157,13 +157,15 @@ class LLMEngine:
             params: Sampling options; the default is `SamplingParams()`.
 
         Raises:
-            RequestError: The id is taken, or the prompt is empty, too long or out of vocabulary.
+            RequestError: The id is taken, or the prompt is empty, too long or out of vocabulary,
+                or stop strings or a logit bias do not go with the model.
         """
         if request_id in self._streams:
             raise RequestError(f"request id {request_id!r} is already in use")
         params = params or SamplingParams()
         token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         self._check_tokens(token_ids)
+        self._check_bias(params)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the model folder has none")
         request = Request(
@@ -192,7 +194,16 @@ class LLMEngine:
             raise RequestError("a text prompt needs a tokenizer, and the model folder has none")
         if not text:
             raise RequestError("the prompt is empty; give at least one character")
-        return list(self.tokenizer.encode(text))
+        return self._encode(text, add_special_tokens=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the prompt is not valid text: a lone surrogate at character {error.start}"
+            ) from error
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     @property
     def has_chat_template(self) -> bool:
@@ -209,6 +220,14 @@ class LLMEngine:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens; with a context of {self.max_model_len} "
                 f"tokens it may have {self.max_model_len - 1}; shorten it or raise --max-model-len"
+            )
+
+    def _check_bias(self, params: SamplingParams) -> None:
+        vocab_size = self._runner.model_config.vocab_size
+        largest = max(params.logit_bias, default=0)
+        if largest >= vocab_size:
+            raise RequestError(
+                f"logit_bias token ids must be from 0 to {vocab_size - 1}, got {largest}"
             )
 
     def _detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer | None:
@@ -239,7 +258,7 @@ class LLMEngine:
             )
         except Exception as error:  # whatever the model's own template raises
             raise RequestError(f"the chat template refuses the messages: {error}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._encode(text, add_special_tokens=False)
 
     def has_unfinished_requests(self) -> bool:
         """Return whether there is anything left to do."""

@@ -24,6 +24,8 @@ class _Family:
     """Config key that must be true for `sliding_window` to count; None: it always counts."""
 
 
+_SILU = ("silu", "swish")
+
 ARCHITECTURES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family("attention_bias", "attention_bias", "mlp_bias", False, None),
     "MistralForCausalLM": _Family(False, False, False, False, None),
@@ -119,7 +121,8 @@ class ModelConfig:
             generation_config: That of `generation_config.json`; its end tokens count too.
 
         Raises:
-            CheckpointError: The architecture is unsupported or a needed key is missing.
+            CheckpointError: The architecture, its activation or its quantization is unsupported,
+                or a needed key is missing.
             ConfigError: A value is outside what NEO's kernels cover.
         """
         architecture = (config.get("architectures") or ["(none)"])[0]
@@ -128,6 +131,14 @@ class ModelConfig:
             raise CheckpointError(
                 f"architecture {architecture} is not supported; "
                 f"supported: {', '.join(sorted(ARCHITECTURES))}"
+            )
+        activation = config.get("hidden_act") or _SILU[0]
+        if activation not in _SILU:
+            raise CheckpointError(f"activation {activation} is not supported; supported: silu")
+        if config.get("quantization_config"):
+            raise CheckpointError(
+                "the checkpoint is quantized, which NEO does not support; use the original in "
+                "bfloat16, float16 or float32, or a GGUF file"
             )
         try:
             return cls._from_family(architecture, family, config, generation_config or {})
