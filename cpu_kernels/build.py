@@ -11,13 +11,13 @@ import fcntl
 import importlib.util
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from cpu_kernels.command_log import CommandLog
 from cpu_kernels.compilers import (
     digest,
     find_cxx,
@@ -164,7 +164,7 @@ def build(
             return module
         on_progress("compiling the CPU kernels")
         log = _root(cache_dir) / "build.log"
-        report = _Reporter(log, verbose, on_progress)
+        report = CommandLog(log, verbose, on_progress)
         if ispc_objects is None:
             _build_with_cmake(temp, cxx, ispc, report)
         else:
@@ -232,43 +232,7 @@ def _workplace(cache_dir: Path, on_progress: Progress) -> Iterator[Path]:
             yield Path(temp)
 
 
-class _Reporter:
-    """Runs build commands, keeps their output in a log and reports their progress."""
-
-    def __init__(self, log: Path, verbose: bool, on_progress: Progress) -> None:
-        self.log = log
-        self.verbose = verbose
-        self.on_progress = on_progress
-        log.write_text("")
-
-    def run(self, command: list[str]) -> None:
-        """Run one command; raise KernelBuildError with the first error it printed if it fails."""
-        lines = [" ".join(command)]
-        pipe, out = subprocess.PIPE, subprocess.STDOUT
-        with subprocess.Popen(command, stdout=pipe, stderr=out, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line.rstrip())
-                if self.verbose or line.startswith("["):
-                    self.on_progress(line.rstrip())
-        with self.log.open("a") as log:
-            log.write("\n".join(lines) + "\n")
-        # --werror does not cover these in every ISPC release, and one costs a factor of ten.
-        slow = any("Performance Warning" in line for line in lines)
-        if process.returncode or slow:
-            marks = (
-                "error:",
-                "Error:",
-                "CMake Error",
-                "Performance Warning",
-                "undefined reference",
-            )
-            said = next((line for line in lines[1:] if any(mark in line for mark in marks)), "")
-            reason = " ".join((said or lines[-1]).split())
-            raise KernelBuildError(f"compiling the CPU kernels failed: {reason} (log: {self.log})")
-
-
-def _build_with_cmake(temp: Path, cxx: Path, ispc: Path, report: _Reporter) -> None:
+def _build_with_cmake(temp: Path, cxx: Path, ispc: Path, report: CommandLog) -> None:
     """Compile everything into `temp/result`."""
     include_dirs()
     settings = {
@@ -295,7 +259,7 @@ def _build_with_cmake(temp: Path, cxx: Path, ispc: Path, report: _Reporter) -> N
     shutil.copy(next(tree.glob("_native*.so")), temp / "result" / MODULE_FILE)
 
 
-def _build_from_objects(temp: Path, cxx: Path, objects: Path, report: _Reporter) -> None:
+def _build_from_objects(temp: Path, cxx: Path, objects: Path, report: CommandLog) -> None:
     """Compile the C++ sources and link them with prebuilt ISPC objects into `temp/result`."""
     result = temp / "result"
     shutil.copytree(objects, result / "ispc")

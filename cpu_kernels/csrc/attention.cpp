@@ -14,6 +14,7 @@ namespace neo {
 namespace {
 
 constexpr float log2_e = 1.44269504088896340736f;
+constexpr int tasks_per_thread = 8;
 
 int num_segments(int seq_len) {
     return (seq_len + NEO_SEGMENT_TOKENS - 1) / NEO_SEGMENT_TOKENS;
@@ -51,12 +52,31 @@ char *at(const Rows &rows, const DecodeBatch &batch, int seq, int head) {
     return static_cast<char *>(rows.data) + offset * int64_t(size_of(batch.element));
 }
 
+// Convert contiguous rows of the batch's element type to the cache's.
+void convert_rows(float *dst, const void *src, const DecodeBatch &batch, int num_heads) {
+    alignas(64) float wide[NEO_MAX_TASK_Q_HEADS * NEO_MAX_HEAD_DIM];
+    widen(wide, src, batch.element, num_heads * batch.layer.head_dim);
+    narrow(dst, batch.layer.element, wide, num_heads * batch.layer.head_dim);
+}
+
 template <typename T>
 void call(void (*kernel)(ispc::Segment &, T *, T *, const T *, const T *), ispc::Segment &segment,
-          const KvLayer &layer, int kv_head, const void *k_new, const void *v_new) {
-    const int64_t offset = kv_head * layer.head_stride();
+          const KvLayer &layer, int first_head, const void *k_new, const void *v_new) {
+    const int64_t offset = first_head * layer.head_stride();
     kernel(segment, static_cast<T *>(layer.k) + offset, static_cast<T *>(layer.v) + offset,
            static_cast<const T *>(k_new), static_cast<const T *>(v_new));
+}
+
+void call(ispc::Segment &segment, const KvLayer &layer, int first_head, const void *k_new,
+          const void *v_new) {
+    switch (layer.element) {
+    case Element::bf16:
+        return call<uint16_t>(ispc::attend_segment_bf16, segment, layer, first_head, k_new, v_new);
+    case Element::fp16:
+        return call<uint16_t>(ispc::attend_segment_fp16, segment, layer, first_head, k_new, v_new);
+    case Element::fp32:
+        return call<float>(ispc::attend_segment_fp32, segment, layer, first_head, k_new, v_new);
+    }
 }
 
 } // namespace
@@ -67,9 +87,25 @@ void DecodeAttention::run(const DecodeBatch &batch) {
     pool_.for_each(int64_t(tasks_.size()), [&](int64_t i) { attend(batch, tasks_[i]); });
 }
 
+// As many KV heads as leave every thread several tasks: the heads of a block lie side by side, so
+// more heads mean longer runs of memory. The choice does not change the result.
+int DecodeAttention::heads_per_task(const DecodeBatch &batch) const {
+    int64_t segments = 0;
+    for (int seq = 0; seq < batch.num_seqs; seq++)
+        segments += num_segments(batch.seq_lens[seq]);
+    const int num_kv_heads = batch.layer.num_kv_heads;
+    const int group = batch.num_q_heads / num_kv_heads;
+    int heads = std::min(num_kv_heads, NEO_MAX_TASK_Q_HEADS / group);
+    const int64_t wanted = int64_t(tasks_per_thread) * pool_.size();
+    while (heads > 1 && segments * ((num_kv_heads + heads - 1) / heads) < wanted)
+        heads = (heads + 1) / 2;
+    return heads;
+}
+
 // List the tasks, whole segments before the shorter last ones: small tasks last even out the end.
 void DecodeAttention::cut(const DecodeBatch &batch) {
     const int num_kv_heads = batch.layer.num_kv_heads;
+    const int heads = heads_per_task(batch);
     const size_t row_bytes =
         size_t(batch.num_q_heads) * batch.layer.head_dim * size_of(batch.element);
     const size_t num_counters = size_t(batch.num_seqs) * num_kv_heads;
@@ -86,19 +122,25 @@ void DecodeAttention::cut(const DecodeBatch &batch) {
             std::memset(at(batch.out, batch, seq, 0), 0, row_bytes);
         first_partial_[seq] = num_partials;
         num_partials += segments > 1 ? int64_t(segments) * num_kv_heads : 0;
-        for (int head = 0; head < num_kv_heads; head++) {
+        for (int segment = 0; segment + 1 < segments; segment++)
+            for (int head = 0; head < num_kv_heads; head += heads)
+                tasks_.push_back({seq, head, std::min(heads, num_kv_heads - head), segment});
+        for (int head = 0; head < num_kv_heads; head += heads)
             unfinished_[size_t(seq) * num_kv_heads + head].store(segments,
                                                                  std::memory_order_relaxed);
-            for (int segment = 0; segment + 1 < segments; segment++)
-                tasks_.push_back({seq, head, segment});
-        }
     }
     for (int seq = 0; seq < batch.num_seqs; seq++)
-        for (int head = 0; batch.seq_lens[seq] > 0 && head < num_kv_heads; head++)
-            tasks_.push_back({seq, head, num_segments(batch.seq_lens[seq]) - 1});
+        for (int head = 0; batch.seq_lens[seq] > 0 && head < num_kv_heads; head += heads)
+            tasks_.push_back({seq, head, std::min(heads, num_kv_heads - head),
+                              num_segments(batch.seq_lens[seq]) - 1});
     const size_t floats = size_t(num_partials * partial_size(batch));
     if (floats > partials_.size())
         partials_.resize(floats);
+}
+
+float *DecodeAttention::partial(const DecodeBatch &batch, int seq, int segment, int head) {
+    const int64_t index = first_partial_[seq] + int64_t(segment) * batch.layer.num_kv_heads + head;
+    return partials_.data() + index * partial_size(batch);
 }
 
 void DecodeAttention::attend(const DecodeBatch &batch, const Task &task) {
@@ -107,59 +149,45 @@ void DecodeAttention::attend(const DecodeBatch &batch, const Task &task) {
     const int group = batch.num_q_heads / layer.num_kv_heads;
     const int seq_len = batch.seq_lens[task.seq];
     const int segments = num_segments(seq_len);
-    alignas(64) float q[NEO_MAX_GROUP * NEO_MAX_HEAD_DIM];
-    alignas(64) float local[NEO_MAX_GROUP * (NEO_MAX_HEAD_DIM + 2)];
-    alignas(64) float row[NEO_MAX_HEAD_DIM];
-    alignas(64) float k_new[NEO_MAX_HEAD_DIM]; // room for any element type
-    alignas(64) float v_new[NEO_MAX_HEAD_DIM];
+    alignas(64) float q[NEO_MAX_TASK_Q_HEADS * NEO_MAX_HEAD_DIM];
+    alignas(64) float local[NEO_MAX_TASK_Q_HEADS * (NEO_MAX_HEAD_DIM + 2)];
+    alignas(64) float k_new[NEO_MAX_TASK_Q_HEADS * NEO_MAX_HEAD_DIM]; // room for any element type
+    alignas(64) float v_new[NEO_MAX_TASK_Q_HEADS * NEO_MAX_HEAD_DIM];
 
-    float *partial = local;
-    if (segments > 1) {
-        const int64_t index =
-            first_partial_[task.seq] + int64_t(task.kv_head) * segments + task.segment;
-        partial = partials_.data() + index * partial_size(batch);
-    }
     ispc::Segment segment;
     segment.block_table = batch.block_tables + task.seq * batch.block_tables_stride;
     segment.block_stride = layer.block_stride();
     segment.block_size = layer.block_size;
+    segment.block_shift = __builtin_ctz(layer.block_size);
     segment.head_dim = head_dim;
     segment.group = group;
+    segment.num_heads = task.num_heads;
     segment.token_begin = task.segment * NEO_SEGMENT_TOKENS;
     segment.token_end = std::min(seq_len, segment.token_begin + NEO_SEGMENT_TOKENS);
     segment.append = -1;
     segment.q = q;
-    segment.acc = partial;
-    segment.max_score = partial + group * head_dim;
-    segment.sum = segment.max_score + group;
+    segment.partial =
+        segments > 1 ? partial(batch, task.seq, task.segment, task.first_head) : local;
 
-    widen(q, at(batch.q, batch, task.seq, task.kv_head * group), batch.element, group * head_dim,
-          batch.softmax_scale * log2_e);
+    widen(q, at(batch.q, batch, task.seq, task.first_head * group), batch.element,
+          task.num_heads * group * head_dim, batch.softmax_scale * log2_e);
     if (batch.k.data != nullptr && task.segment == segments - 1) {
         segment.append = seq_len - 1;
-        widen(row, at(batch.k, batch, task.seq, task.kv_head), batch.element, head_dim);
-        narrow(k_new, layer.element, row, head_dim);
-        widen(row, at(batch.v, batch, task.seq, task.kv_head), batch.element, head_dim);
-        narrow(v_new, layer.element, row, head_dim);
+        convert_rows(k_new, at(batch.k, batch, task.seq, task.first_head), batch, task.num_heads);
+        convert_rows(v_new, at(batch.v, batch, task.seq, task.first_head), batch, task.num_heads);
     }
-    switch (layer.element) {
-    case Element::bf16:
-        call<uint16_t>(ispc::attend_segment_bf16, segment, layer, task.kv_head, k_new, v_new);
-        break;
-    case Element::fp16:
-        call<uint16_t>(ispc::attend_segment_fp16, segment, layer, task.kv_head, k_new, v_new);
-        break;
-    case Element::fp32:
-        call<float>(ispc::attend_segment_fp32, segment, layer, task.kv_head, k_new, v_new);
-        break;
-    }
+    call(segment, layer, task.first_head, k_new, v_new);
     if (segments == 1) {
-        for (int g = 0; g < group; g++)
-            narrow(at(batch.out, batch, task.seq, task.kv_head * group + g), batch.element,
-                   partial + g * head_dim, head_dim, 1.0f / segment.sum[g]);
+        for (int head = 0; head < task.num_heads; head++) {
+            const float *acc = local + head * partial_size(batch);
+            const float *sum = acc + group * (head_dim + 1);
+            for (int g = 0; g < group; g++)
+                narrow(at(batch.out, batch, task.seq, (task.first_head + head) * group + g),
+                       batch.element, acc + g * head_dim, head_dim, 1.0f / sum[g]);
+        }
         return;
     }
-    std::atomic<int> &left = unfinished_[size_t(task.seq) * layer.num_kv_heads + task.kv_head];
+    std::atomic<int> &left = unfinished_[size_t(task.seq) * layer.num_kv_heads + task.first_head];
     if (left.fetch_sub(1, std::memory_order_acq_rel) == 1)
         merge(batch, task, segments);
 }
@@ -168,16 +196,16 @@ void DecodeAttention::attend(const DecodeBatch &batch, const Task &task) {
 void DecodeAttention::merge(const DecodeBatch &batch, const Task &task, int segments) {
     const int head_dim = batch.layer.head_dim;
     const int group = batch.num_q_heads / batch.layer.num_kv_heads;
-    const int64_t stride = partial_size(batch);
-    const int64_t index = first_partial_[task.seq] + int64_t(task.kv_head) * segments;
-    const float *partial = partials_.data() + index * stride;
-    const float *max_score = partial + group * head_dim;
+    const int64_t stride = partial_size(batch) * batch.layer.num_kv_heads;
     alignas(64) float row[NEO_MAX_HEAD_DIM];
-    for (int g = 0; g < group; g++) {
-        ispc::merge_segments(row, partial + g * head_dim, max_score + g, max_score + group + g,
-                             segments, stride, head_dim);
-        narrow(at(batch.out, batch, task.seq, task.kv_head * group + g), batch.element, row,
-               head_dim);
+    for (int head = task.first_head; head < task.first_head + task.num_heads; head++) {
+        const float *acc = partial(batch, task.seq, 0, head);
+        const float *max_score = acc + group * head_dim;
+        for (int g = 0; g < group; g++) {
+            ispc::merge_segments(row, acc + g * head_dim, max_score + g, max_score + group + g,
+                                 segments, stride, head_dim);
+            narrow(at(batch.out, batch, task.seq, head * group + g), batch.element, row, head_dim);
+        }
     }
 }
 

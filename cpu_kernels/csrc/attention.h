@@ -62,16 +62,19 @@ class DecodeAttention {
     void run(const DecodeBatch &batch);
 
   private:
-    // One request, one KV head, one segment of NEO_SEGMENT_TOKENS tokens.
+    // One request, a range of KV heads, one segment of NEO_SEGMENT_TOKENS tokens.
     struct Task {
         int seq;
-        int kv_head;
+        int first_head;
+        int num_heads;
         int segment;
     };
 
+    int heads_per_task(const DecodeBatch &batch) const;
     void cut(const DecodeBatch &batch);
     void attend(const DecodeBatch &batch, const Task &task);
     void merge(const DecodeBatch &batch, const Task &task, int num_segments);
+    float *partial(const DecodeBatch &batch, int seq, int segment, int head);
 
     ThreadPool &pool_;
     std::vector<Task> tasks_;

@@ -35,7 +35,9 @@ ThreadPool::ThreadPool(int num_threads, const std::vector<int> &cpus,
     state_->threads.reserve(num_threads);
     for (int i = 0; i < num_threads; i++) {
         const int cpu = cpus.empty() ? -1 : cpus[i % cpus.size()];
-        state_->threads.emplace_back(&State::work, state_.get(), i, cpu);
+        std::thread &thread = state_->threads.emplace_back(&State::work, state_.get(), cpu);
+        const std::string name = "neo-attn-" + std::to_string(i);
+        pthread_setname_np(thread.native_handle(), name.c_str());
     }
 }
 
@@ -94,11 +96,9 @@ template <typename Done> bool ThreadPool::State::poll(const Done &done) const {
     return done();
 }
 
-void ThreadPool::State::work(int thread, int cpu) {
+void ThreadPool::State::work(int cpu) {
     if (cpu >= 0)
         bind_to(cpu);
-    const std::string name = "neo-attn-" + std::to_string(thread);
-    pthread_setname_np(pthread_self(), name.c_str());
     uint32_t seen = 0;
     const auto called = [&] { return generation.load(std::memory_order_acquire) != seen; };
     for (;;) {

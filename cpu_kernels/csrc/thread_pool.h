@@ -41,7 +41,7 @@ class ThreadPool {
     // destroying a condition variable waits for its sleepers.
     struct State {
         explicit State(std::chrono::microseconds spin) : spin(spin) {}
-        void work(int thread, int cpu);
+        void work(int cpu);
         void drain() noexcept;
         template <typename Done> bool poll(const Done &done) const;
 

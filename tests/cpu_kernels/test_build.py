@@ -14,6 +14,7 @@ import pytest
 
 from cpu_kernels import build as build_module
 from cpu_kernels.build import build, export_ispc_objects, find_built, is_built, load
+from cpu_kernels.command_log import CommandLog
 from cpu_kernels.errors import KernelBuildError
 from cpu_kernels.ispc_toolchain import ensure_ispc
 
@@ -147,7 +148,7 @@ def export_ispc_objects_of(
 
 
 def test_performance_warning_is_an_error(tmp_path: Path) -> None:
-    report = build_module._Reporter(tmp_path / "log", False, lambda message: None)
+    report = CommandLog(tmp_path / "log", False, lambda message: None)
     with pytest.raises(KernelBuildError, match=r"Performance Warning: Gather required"):
         report.run(["echo", "a.ispc:1:1: Performance Warning: Gather required to load value."])
 
