@@ -45,11 +45,13 @@ class SampledTokens:
     logprobs: list[TokenLogprobs | None]
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> SampledTokens:
     """Draw the next token of each request.
 
     Args:
-        logits: `[L, vocab_size]`, float32, device; overwritten.
+        logits: `[L, vocab_size]`, float32, device; overwritten. The model's are inference tensors,
+            which only inference mode may change.
         requests: Row `i` belongs to `requests[i]`.
 
     Returns:

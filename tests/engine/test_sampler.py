@@ -113,6 +113,13 @@ def test_greedy_takes_the_maximum_and_ignores_truncation() -> None:
     assert sample(logits.clone(), requests).token_ids == logits.argmax(-1).tolist()
 
 
+def test_logits_of_inference_mode_can_be_adjusted() -> None:
+    with torch.inference_mode():
+        logits = make_logits(1)
+    biased = make_request(temperature=0.0, logit_bias={5: 100.0}, presence_penalty=0.5)
+    assert sample(logits, [biased]).token_ids == [5]
+
+
 def test_empty_batch() -> None:
     assert sample(torch.empty(0, VOCAB_SIZE), []).token_ids == []
 
