@@ -14,12 +14,19 @@ class BlockPool:
     Args:
         num_blocks: Blocks in the pool.
         block_size: Tokens a block holds.
+
+    Raises:
+        CapacityError: There is not a single block.
+        ValueError: `block_size` is not positive.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        if num_blocks < 1 or block_size < 1:
-            raise ValueError(
-                f"num_blocks and block_size must be positive, got {num_blocks} and {block_size}"
+        if block_size < 1:
+            raise ValueError(f"block_size must be positive, got {block_size}")
+        if num_blocks < 1:
+            raise CapacityError(
+                f"the KV cache has room for {num_blocks} blocks of {block_size} tokens, 1 is "
+                "needed; raise --host-kv-gb or --device-kv-blocks"
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
