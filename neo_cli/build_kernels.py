@@ -1,6 +1,8 @@
 """`neo build-kernels`: compile, check and measure NEO's own kernels."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +12,17 @@ from engine.errors import ConfigError, NeoError
 
 
 def build_kernels(
-    force: Annotated[bool, typer.Option(help="Build even if everything is up to date.")] = False,
-    verbose: Annotated[bool, typer.Option(help="Show the compilers' output.")] = False,
-    check: Annotated[bool, typer.Option(help="Compare the kernels with torch afterwards.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build even if everything is up to date.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the compilers' output.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the kernels with torch afterwards.")
+    ] = False,
     bench: Annotated[
-        bool, typer.Option(help="Measure attention beside plain reading of memory.")
+        bool, typer.Option("--bench", help="Measure attention beside plain reading of memory.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results of --check and --bench as JSON.")
@@ -36,14 +44,15 @@ def build_kernels(
     from cpu_kernels import build as kernels
     from cpu_kernels.errors import KernelBuildError
     from engine.paths import cache_dir, writable_cache_dir
-    from neo_cli.progress import loading_status
+    from neo_cli.progress import loading_status, print_line
 
     if threads is not None and threads < 1:
         raise typer.BadParameter(f"threads must be at least 1, got {threads}")
     try:
         fresh = not force and kernels.is_built(cache_dir()) is not None
         writable_cache_dir()
-        with loading_status() as on_progress:
+        show_lines = verbose or not sys.stderr.isatty()
+        with contextlib.nullcontext(print_line) if show_lines else loading_status() as on_progress:
             built = kernels.build(
                 cache_dir(),
                 force=force,
@@ -91,8 +100,11 @@ def _bench(threads: int | None, quiet: bool) -> list[dict[str, Any]]:
 
     from cpu_kernels.bench import run_bench
     from engine.paths import cache_dir
+    from neo_cli.progress import loading_status
 
-    results = [asdict(result) for result in run_bench(cache_dir(), threads)]
+    with loading_status() as on_progress:
+        measured = run_bench(cache_dir(), num_threads=threads, on_progress=on_progress)
+    results = [asdict(result) for result in measured]
     if not quiet:
         _print_table("decode attention beside plain reading, GB/s", results)
     return results

@@ -1,7 +1,8 @@
 """`neo generate`: complete or answer prompts from the terminal."""
 
+import contextlib
 import json
-import sys
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from engine.errors import ConfigError, RequestError
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerConfig
 from neo_cli import options as opt
-from neo_cli.options import OUTPUT_PANEL, SAMPLING_PANEL, default, option
+from neo_cli.options import INTERRUPTED, OUTPUT_PANEL, SAMPLING_PANEL, default, option
 from neo_cli.prompts import ChatPrompt, InputPrompt, read_prompts
 
 if TYPE_CHECKING:
@@ -29,11 +30,16 @@ def _sampling_default(name: str) -> Any:
 def generate(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Prompts; standard input if there are none, or for `-`."),
+        typer.Argument(help="Prompts; standard input is one if there are none, or for `-`."),
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        option("Prompts from a file: text, one a line, or .jsonl.", OUTPUT_PANEL),
+        option(
+            "Prompts from a file: text, one a line, or .jsonl.",
+            OUTPUT_PANEL,
+            "--prompt-file",
+            "-f",
+        ),
     ] = None,
     chat: Annotated[
         bool | None,
@@ -47,9 +53,11 @@ def generate(
     json_lines: Annotated[
         bool, option("Print one JSON object a prompt.", OUTPUT_PANEL, "--json")
     ] = False,
-    stats: Annotated[bool, option("Print a table of statistics last.", OUTPUT_PANEL)] = False,
+    stats: Annotated[
+        bool, option("Print a table of statistics last.", OUTPUT_PANEL, "--stats")
+    ] = False,
     max_tokens: Annotated[
-        int, option("Most tokens to generate.", SAMPLING_PANEL)
+        int, option("Most tokens to generate.", SAMPLING_PANEL, "--max-tokens", "-n")
     ] = DEFAULT_MAX_TOKENS,
     min_tokens: Annotated[
         int, option("No stop condition holds before this many tokens.", SAMPLING_PANEL)
@@ -77,7 +85,7 @@ def generate(
     ] = _sampling_default("frequency_penalty"),
     seed: Annotated[
         int | None,
-        option("Makes sampling reproducible; also seeds dummy weights.", SAMPLING_PANEL),
+        option("Makes sampling the same each time; also seeds dummy weights.", SAMPLING_PANEL),
     ] = _sampling_default("seed"),
     logit_bias: Annotated[
         list[str] | None,
@@ -91,10 +99,11 @@ def generate(
         option("A token id that ends the text; repeatable.", SAMPLING_PANEL, "--stop-token-id"),
     ] = None,
     include_stop_str_in_output: Annotated[
-        bool, option("Keep the stop string in the text.", SAMPLING_PANEL)
+        bool,
+        option("Keep the stop string in the text.", SAMPLING_PANEL, "--include-stop-str-in-output"),
     ] = _sampling_default("include_stop_str_in_output"),
     ignore_eos: Annotated[
-        bool, option("Go on after the end-of-sequence token.", SAMPLING_PANEL)
+        bool, option("Go on after the end-of-sequence token.", SAMPLING_PANEL, "--ignore-eos")
     ] = _sampling_default("ignore_eos"),
     skip_special_tokens: Annotated[
         bool, option("Leave special tokens out of the text.", SAMPLING_PANEL)
@@ -158,15 +167,24 @@ def generate(
             host_kv_gb=host_kv_gb,
             gpu_memory_utilization=gpu_memory_utilization,
             threads=threads,
-            seed=seed or 0,
+            seed=_engine_seed(seed, load_format),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
             ),
         )
+        if logprobs is not None and not json_lines:
+            raise RequestError("logprobs are printed with --json only")
         given = read_prompts(prompts or [], prompt_file)
     except (ConfigError, RequestError) as error:
         raise typer.BadParameter(str(error)) from error
     return _Generation(config, params, chat, system, json_lines, stats).run(given)
+
+
+def _engine_seed(seed: int | None, load_format: str) -> int:
+    """Return a fresh seed for sampling if none was given; dummy weights are the same each time."""
+    if seed is not None or load_format == "dummy":
+        return seed or 0
+    return secrets.randbits(63)
 
 
 def _parse_logit_bias(items: list[str]) -> dict[int, float]:
@@ -203,7 +221,7 @@ class _Generation:
             interrupted = self._generate(llm, prompts, tokens)
             if self.stats:
                 self._print_stats(llm)
-        return 130 if interrupted else 0
+        return INTERRUPTED if interrupted else 0
 
     def _tokens(self, llm: "LLM", prompt: InputPrompt, number: int) -> list[int]:
         """Return a prompt's tokens, through the chat template if it is to be used."""
@@ -229,14 +247,12 @@ class _Generation:
         from neo_cli.progress import PromptPrinter
 
         printer = PromptPrinter(prompts, self.json_lines)
-        stream = llm.stream(tokens, self.params)
         try:
-            with printer:
+            with contextlib.closing(llm.stream(tokens, self.params)) as stream, printer:
                 for output in stream:
                     printer.show(output)
         except KeyboardInterrupt:
             printer.show_unfinished()
-            print("neo: interrupted", file=sys.stderr)
             return True
         return False
 

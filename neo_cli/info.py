@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neo_cli.two_columns import print_two_columns
+
 if TYPE_CHECKING:
     from engine.machine import Machine
 
@@ -32,15 +34,11 @@ def info(
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_table(machine, facts)
+        print_two_columns(_rows(machine, facts))
 
 
-def _print_table(machine: "Machine", facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    rows = [
+def _rows(machine: "Machine", facts: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("CPU", f"{machine.cpu}, {machine.num_cores} cores, {machine.vector_isa}"),
         (
             "memory",
@@ -59,9 +57,6 @@ def _print_table(machine: "Machine", facts: dict[str, Any]) -> None:
         ("cache folder", facts["cache_dir"]),
         ("default model", facts["default_model"]),
     ]
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
 
 
 def _gpu(gpu: Any) -> str:

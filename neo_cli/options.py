@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 MODEL_PANEL = "Model and machine"
 SAMPLING_PANEL = "Sampling"
 OUTPUT_PANEL = "Input and output"

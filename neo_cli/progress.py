@@ -8,17 +8,34 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from engine.outputs import RequestOutput
 from neo_cli.prompts import InputPrompt
 
+_SPINNER_WIDTH = 3
+
 
 @contextlib.contextmanager
 def loading_status() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows one line of progress at a time, and clear the line at the end."""
+    """Yield a function that shows one line of progress at a time, and clear the line at the end.
+
+    Nothing is shown where standard error is no terminal.
+    """
     console = Console(stderr=True)
+
+    def one_line(text: str) -> Text:
+        line = Text(text)  # as it is: brackets in a path are no markup
+        line.truncate(console.width - _SPINNER_WIDTH, overflow="ellipsis")
+        return line
+
     with console.status("starting") as status:
-        yield lambda line: status.update(line)
+        yield lambda line: status.update(one_line(line))
+
+
+def print_line(line: str) -> None:
+    """Show a line of progress for good, on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class PromptPrinter:
@@ -45,6 +62,8 @@ class PromptPrinter:
                 TimeElapsedColumn(),
                 console=Console(stderr=True),
                 transient=True,
+                redirect_stdout=False,  # it would send the results to stderr
+                redirect_stderr=False,
             )
             self._task = self._bar.add_task("", total=len(prompts))
 
@@ -74,7 +93,10 @@ class PromptPrinter:
             self._print(ready)
 
     def show_unfinished(self) -> None:
-        """Print what there is of prompts that were not finished."""
+        """Print what there is of prompts that were not finished; call it last."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
         if len(self._prompts) == 1 and not self._json_lines:
             sys.stdout.write("\n")
             return
@@ -86,6 +108,14 @@ class PromptPrinter:
                 self._print(output)
 
     def _print(self, output: RequestOutput) -> None:
+        if self._bar is None:
+            self._print_result(output)
+            return
+        self._bar.stop()  # takes the bar away: it may be on the same terminal as the results
+        self._print_result(output)
+        self._bar.start()
+
+    def _print_result(self, output: RequestOutput) -> None:
         prompt = self._prompts[self._num_printed]
         self._num_printed += 1
         if self._json_lines:
@@ -103,7 +133,7 @@ def _as_json(prompt: InputPrompt, output: RequestOutput) -> dict[str, object]:
         "prompt": prompt,
         "text": completion.text,
         "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
+        "finish_reason": completion.finish_reason or "abort",  # printed unfinished: interrupted
         "stop_reason": completion.stop_reason,
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_output_tokens": len(completion.token_ids),

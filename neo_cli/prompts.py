@@ -16,7 +16,7 @@ def read_prompts(arguments: Sequence[str], prompt_file: Path | None) -> list[Inp
     """Return the prompts that were given; standard input only if there is no other source.
 
     Args:
-        arguments: Prompts on the command line; a single `-` is standard input.
+        arguments: Prompts on the command line; a single `-` is standard input, as one prompt.
         prompt_file: `.jsonl`: one JSON string, `{"prompt": ...}` or `{"messages": [...]}` a line;
             anything else is text, one prompt a line.
 
@@ -33,7 +33,7 @@ def read_prompts(arguments: Sequence[str], prompt_file: Path | None) -> list[Inp
     elif sys.stdin.isatty() and not arguments:
         raise RequestError("no prompt: give one as an argument, with --prompt-file or on stdin")
     else:
-        prompts = [sys.stdin.read().rstrip("\n")]
+        prompts = [_read_stdin()]
     for number, prompt in enumerate(prompts, start=1):
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise RequestError(f"prompt {number} is empty; give at least one character")
@@ -42,9 +42,17 @@ def read_prompts(arguments: Sequence[str], prompt_file: Path | None) -> list[Inp
     return prompts
 
 
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: {error.reason}") from error
+
+
 def _read_file(path: Path) -> list[InputPrompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold line separators of other scripts as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -62,6 +70,8 @@ def _parse_line(line: str, where: str) -> InputPrompt:
         raise RequestError(f"{where} is not JSON: {error.msg}") from error
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
+    if value in ("", []):
+        raise RequestError(f"{where}: the prompt is empty; give at least one character")
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(_is_message(message) for message in value):

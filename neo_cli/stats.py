@@ -1,9 +1,9 @@
 """The statistics of a run, as a table and as JSON."""
 
-from rich.console import Console
-from rich.table import Table
+import sys
 
 from engine.llm_engine import LLMEngine
+from neo_cli.two_columns import print_two_columns
 
 
 def stats_dict(engine: LLMEngine) -> dict[str, float | int | str]:
@@ -29,23 +29,24 @@ def stats_dict(engine: LLMEngine) -> dict[str, float | int | str]:
 def print_stats(engine: LLMEngine) -> None:
     """Print the table on stderr, so that stdout holds the text alone."""
     values = stats_dict(engine)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("model", f"{values['model']}, {values['dtype']} on {values['device']}")
-    table.add_row("computed by", engine.runner.description)
-    table.add_row("load time", f"{values['load_time_s']:.2f} s")
-    table.add_row("steps", f"{values['num_steps']} in {values['step_time_s']:.2f} s")
-    table.add_row("prompt tokens computed", f"{values['prefill_tokens']}")
-    table.add_row(
-        "generated tokens",
-        f"{values['generated_tokens']} ({values['output_tokens_per_s']:.1f} tokens/s)",
-    )
-    table.add_row("preemptions", f"{values['num_preemptions']}")
-    table.add_row(
-        "KV blocks",
-        f"{values['kv_blocks_peak']} of {values['kv_blocks']} used at the peak "
-        f"({engine.runner.kv_cache_bytes / 2**30:.2f} GiB)",
-    )
-    Console(stderr=True).print(table)
+    rows = [
+        ("model", f"{values['model']}, {values['dtype']} on {values['device']}"),
+        ("computed by", engine.runner.description),
+        ("load time", f"{values['load_time_s']:.2f} s"),
+        ("steps", f"{values['num_steps']} in {values['step_time_s']:.2f} s"),
+        ("prompt tokens computed", f"{values['prefill_tokens']}"),
+        (
+            "generated tokens",
+            f"{values['generated_tokens']} ({values['output_tokens_per_s']:.1f} tokens/s)",
+        ),
+        ("preemptions", f"{values['num_preemptions']}"),
+        (
+            "KV blocks",
+            f"{values['kv_blocks_peak']} of {values['kv_blocks']} used at the peak "
+            f"({engine.runner.kv_cache_bytes / 2**30:.2f} GiB)",
+        ),
+    ]
+    print_two_columns(rows, sys.stderr)
 
 
 def _rate(count: int, seconds: float) -> float:
