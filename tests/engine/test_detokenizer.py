@@ -1,7 +1,5 @@
 """Pieces of text: together they are the whole, none is half a character or half a stop string."""
 
-# ruff: noqa: RUF001
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
