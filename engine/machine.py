@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from engine.host_memory import available_host_bytes, cgroup_limit_bytes
+
 _PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
 
@@ -75,8 +77,8 @@ def find_machine() -> Machine:
         cpu=cpu,
         num_cores=len(os.sched_getaffinity(0)),
         vector_isa=_vector_isa(flags),
-        memory_total_bytes=min(memory.total, _cgroup_limit() or memory.total),
-        memory_available_bytes=memory.available,
+        memory_total_bytes=min(memory.total, cgroup_limit_bytes() or memory.total),
+        memory_available_bytes=available_host_bytes(),
         memlock_limit_bytes=None if memlock == resource.RLIM_INFINITY else memlock,
         transparent_hugepages=_transparent_hugepages(),
         gpus=_gpus(),
@@ -117,14 +119,6 @@ def _vector_isa(flags: frozenset[str]) -> str:
     if "avx512bw" in flags:
         return "AVX-512"
     return "AVX2" if "avx2" in flags else "none that NEO supports (AVX2 is needed)"
-
-
-def _cgroup_limit() -> int | None:
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _transparent_hugepages() -> str:

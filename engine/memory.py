@@ -1,10 +1,9 @@
 """How many KV blocks fit: from free memory, from the options, and from what could be of use."""
 
-import psutil
-
 from engine.backends import AttentionShape
 from engine.config import EngineConfig
 from engine.errors import CapacityError, ConfigError
+from engine.host_memory import available_host_bytes
 from engine.model_config import ModelConfig
 
 DEFAULT_HOST_KV_BYTES = 4 * 2**30
@@ -29,7 +28,7 @@ def num_host_blocks(config: EngineConfig, shape: AttentionShape, max_model_len: 
     Raises:
         CapacityError: They do not fit into the memory that is available.
     """
-    available = psutil.virtual_memory().available
+    available = available_host_bytes()
     if config.device_kv_blocks is not None:
         num_blocks = config.device_kv_blocks
     elif config.host_kv_gb is not None:

@@ -47,7 +47,7 @@ class ModelRunner:
         self.model_config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         max_model_len = wanted_max_model_len(config, self.model_config)
         self.device = resolve_device(config.device)
-        self.dtype = _resolve_dtype(config.dtype, self.model_config.dtype)
+        self.dtype = resolve_dtype(config.dtype, self.model_config.dtype)
         self._backend = make_backend(self.device, config.threads)
         try:
             self._model = self._make_model(config, checkpoint, max_model_len, on_progress)
@@ -141,7 +141,16 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
 
 
-def _resolve_dtype(wanted: str, of_model: str) -> torch.dtype:
+def resolve_dtype(wanted: str, of_model: str) -> torch.dtype:
+    """Return the dtype that an option means.
+
+    Args:
+        wanted: One of `DTYPES`.
+        of_model: The checkpoint's own, which `auto` takes.
+
+    Raises:
+        ConfigError: The checkpoint's own is not supported.
+    """
     name = of_model if wanted == "auto" else wanted
     if name not in DTYPES:
         raise ConfigError(

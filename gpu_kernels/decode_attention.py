@@ -35,7 +35,6 @@ from gpu_kernels.tiles import (
 )
 
 
-
 @triton.jit(do_not_specialize=["stride_table", "num_splits", "block_tables_ptr", "seq_lens_ptr"])
 def decode_attention_kernel(
     out_ptr,

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError, NeoError
+from neo_cli import options as opt
+from neo_cli.options import default
 
 
 def build_kernels(
@@ -39,46 +42,78 @@ def build_kernels(
         Path | None,
         typer.Option(help="Also write the ISPC objects here, for a machine without ISPC."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also compile this model's GPU kernels, for this machine's GPU."),
+    ] = None,
+    dtype: opt.Dtype = default(EngineConfig, "dtype"),
+    block_size: opt.BlockSize = default(EngineConfig, "block_size"),
 ) -> int:
     """Compile the CPU attention kernels into the cache folder; nothing to do if up to date."""
-    from cpu_kernels import build as kernels
     from cpu_kernels.errors import KernelBuildError
-    from engine.paths import cache_dir, writable_cache_dir
-    from neo_cli.progress import loading_status, print_line
 
     if threads is not None and threads < 1:
         raise typer.BadParameter(f"threads must be at least 1, got {threads}")
     try:
-        fresh = not force and kernels.is_built(cache_dir()) is not None
-        writable_cache_dir()
-        show_lines = verbose or not sys.stderr.isatty()
-        with contextlib.nullcontext(print_line) if show_lines else loading_status() as on_progress:
-            built = kernels.build(
-                cache_dir(),
-                force=force,
-                verbose=verbose,
-                ispc_objects=ispc_objects,
-                on_progress=on_progress,
-            )
-            if export_ispc_objects is not None:
-                kernels.export_ispc_objects(
-                    cache_dir(), export_ispc_objects, on_progress=on_progress
-                )
-        if not as_json:
-            print(f"CPU kernels {'are up to date' if fresh else 'built'}: {built}")
-        results: dict[str, Any] = {"module": str(built)}
-        passed = True
+        gpu_config = EngineConfig(model=model, dtype=dtype, block_size=block_size)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    results: dict[str, Any] = {}
+    passed = True
+    try:
+        results["module"] = _build(force, verbose, ispc_objects, export_ispc_objects, as_json)
         if check:
             results["check"], passed = _check(threads, as_json)
         if bench:
             results["bench"] = _bench(threads, as_json)
     except KernelBuildError as error:
         raise ConfigError(str(error)) from error
+    if model is not None:
+        results["gpu_kernel_variants"] = _build_gpu(gpu_config, as_json)
     if as_json:
         print(json.dumps(results, indent=2))
     if not passed:
         raise NeoError("the CPU kernels failed their numeric self-test; rebuild with --force")
     return 0
+
+
+def _build(
+    force: bool, verbose: bool, ispc_objects: Path | None, export: Path | None, quiet: bool
+) -> str:
+    """Build the CPU kernels, export their ISPC objects if asked to, and return the module."""
+    from cpu_kernels import build as kernels
+    from engine.paths import cache_dir, writable_cache_dir
+    from neo_cli.progress import loading_status, print_line
+
+    fresh = not force and kernels.is_built(cache_dir()) is not None
+    writable_cache_dir()
+    show_lines = verbose or not sys.stderr.isatty()
+    with contextlib.nullcontext(print_line) if show_lines else loading_status() as on_progress:
+        built = kernels.build(
+            cache_dir(),
+            force=force,
+            verbose=verbose,
+            ispc_objects=ispc_objects,
+            on_progress=on_progress,
+        )
+        if export is not None:
+            kernels.export_ispc_objects(cache_dir(), export, on_progress=on_progress)
+    if not quiet:
+        print(f"CPU kernels {'are up to date' if fresh else 'built'}: {built}")
+    return str(built)
+
+
+def _build_gpu(config: EngineConfig, quiet: bool) -> int:
+    """Compile a model's GPU kernels and return how many variants it needs."""
+    from engine.precompile import precompile_gpu_kernels
+    from neo_cli.progress import loading_status
+
+    with loading_status() as on_progress:
+        on_progress("compiling GPU kernels")
+        num_variants = precompile_gpu_kernels(config)
+    if not quiet:
+        print(f"GPU kernels ready: {num_variants} variants")
+    return num_variants
 
 
 def _check(threads: int | None, quiet: bool) -> tuple[list[dict[str, Any]], bool]:

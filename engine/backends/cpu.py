@@ -12,6 +12,7 @@ from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, LayerNorms
 from engine.batch import Batch
 from engine.errors import CapacityError, ConfigError
+from engine.host_memory import allocate_host_tensor
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
 
@@ -54,9 +55,9 @@ class CpuBackend:
             num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
         )
         try:
-            self._k_cache = torch.zeros((shape.num_layers, *k_shape), dtype=shape.dtype)
-            self._v_cache = torch.zeros((shape.num_layers, *v_shape), dtype=shape.dtype)
-        except RuntimeError as error:
+            self._k_cache = allocate_host_tensor((shape.num_layers, *k_shape), shape.dtype)
+            self._v_cache = allocate_host_tensor((shape.num_layers, *v_shape), shape.dtype)
+        except (OSError, RuntimeError) as error:
             raise CapacityError(
                 f"cannot allocate {num_blocks * shape.block_bytes / 2**30:.1f} GiB of KV cache; "
                 "lower --host-kv-gb or --device-kv-blocks"

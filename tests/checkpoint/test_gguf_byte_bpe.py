@@ -18,7 +18,7 @@ from engine.errors import CheckpointError
 TEXTS = [
     "The year 2024 had 366 days; it's 12345678 o'clock, WE'LL see.",
     "def f(x):\n    return x ** 2  # square\n\n\n\tprint(f(12))  ",
-    "Grüße: naïve façade. Привет, мир 2023! 你好，世界 2024年。",  # noqa: RUF001
+    "Grüße: naïve façade. Привет, мир 2023! 你好，世界 2024年。",
     "नमस्ते दुनिया १२३ مرحبا ١٢٣ 안녕하세요",
     "emoji 👋🏽 👨‍👩‍👧‍👦 🇩🇪 ½ ² e\u0301 \u00a0 \u200b\ufeff",
     "https://a.b/c?d=%20#e_f-g CamelCaseWord ALLCAPS snake_case $100.00 a/b/\n",
