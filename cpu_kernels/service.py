@@ -53,8 +53,9 @@ class AttentionService:
             the request bell, `[lane, 1, 0]` the answer bell. Tickets count on from the request
             bells as they are; the answer bells are set to the same.
         timeout_s: A step in which nothing happens for so long fails; at least 0.001 s.
-        spin_us: How long a wait polls before it yields, µs; default: 200 where `attention` polls
-            at all, else 0.
+        spin_us: How long a wait polls without pause, µs; it then yields the core between looks for
+            ten times as long, then sleeps some 0.1 ms between them. Default: 200 where `attention`
+            polls at all, else 0.
 
     Raises:
         ValueError: An argument has the wrong shape, type, layout or range.
@@ -194,8 +195,9 @@ class AttentionService:
                 service's own timeout.
 
         Raises:
-            ServiceError: The step failed, and why, or none is open. The step is ended all the same;
-                the message says so if its attention could not be stopped yet.
+            ServiceError: The step failed, and why, or none is open. The step is ended all the same.
+                If its attention still runs, the message says so: `out` and the new tokens' slots
+                may then be written until `begin_step`, or any call of `attention`, returns.
         """
         if timeout_s is not None and not 0 <= timeout_s <= 1e6:
             raise ValueError(f"timeout_s: expected 0 to 1,000,000 s or None, got {timeout_s}")

@@ -41,14 +41,14 @@ template <typename Done> bool spin_until(const Done &done, std::chrono::microsec
     return done();
 }
 
-// Return as soon as done() is true: spin, then offer the core to others, then sleep in between.
-// The last phase is for waits so long that its 0.1 ms no longer matter.
+// Return as soon as done() is true: spin, then for ten times as long offer the core to others
+// between looks, then sleep between them. The last phase is for waits so long that 0.1 ms no longer
+// matter, and for those who must not spin.
 template <typename Done> void poll_until(const Done &done, std::chrono::microseconds spin) {
-    constexpr std::chrono::milliseconds yielding(2);
     constexpr std::chrono::microseconds nap(50);
     if (spin_until(done, spin))
         return;
-    const auto deadline = std::chrono::steady_clock::now() + yielding;
+    const auto deadline = std::chrono::steady_clock::now() + 10 * spin;
     while (std::chrono::steady_clock::now() < deadline) {
         sched_yield();
         if (done())

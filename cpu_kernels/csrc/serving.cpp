@@ -55,6 +55,9 @@ void Service::State::serve_lane(int layer, int lane) {
     progress.store(at.rung, std::memory_order_relaxed);
     {
         std::lock_guard<std::mutex> turn(*attention.turn);
+        // Given up while others had their turn: its memory may serve something else by now.
+        if (failed.load(std::memory_order_acquire))
+            return;
         at.started = now_ns();
         attention.compute(lane, batch);
         at.computed = now_ns();

@@ -25,6 +25,7 @@ class ServiceRig:
         cache_dtype: torch.dtype = torch.bfloat16,
         first_bell: int = 0,
         timeout_s: float = 30.0,
+        spin_us: int | None = None,
     ) -> None:
         seq_lens = [[5, 40], [17]] if seq_lens is None else seq_lens
         self.attention = attention
@@ -48,6 +49,7 @@ class ServiceRig:
             out=self.out,
             bells=self.bells,
             timeout_s=timeout_s,
+            spin_us=spin_us,
         )
 
     def random(self, *shape: int) -> torch.Tensor:

@@ -18,17 +18,17 @@ pytestmark = pytest.mark.ispc
 
 
 def test_silent_device(attention: CpuAttention) -> None:
-    rig = ServiceRig(attention, timeout_s=0.1)
+    rig = ServiceRig(attention, timeout_s=0.3)
     with rig.service as service:
         for _ in range(3):
             rig.begin()
             started = time.monotonic()
             with pytest.raises(ServiceError, match=r"^overdue: no request for layer 0, lane 0 wit"):
                 service.end_step()
-            assert time.monotonic() - started >= 0.09
+            assert time.monotonic() - started >= 0.29
         rig.begin()
         rig.service.ring(0, service.first_ticket(0))
-        message = r"^overdue: no request for layer 0, lane 1 within 0.1 s$"
+        message = r"^overdue: no request for layer 0, lane 1 within 0.3 s$"
         with pytest.raises(ServiceError, match=message):
             service.wait(1, service.first_ticket(1) + 2)
         with pytest.raises(ServiceError, match=message):

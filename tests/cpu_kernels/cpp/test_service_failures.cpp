@@ -7,7 +7,7 @@ using neo::ServiceError;
 
 namespace {
 
-constexpr double short_s = 0.1;
+constexpr double short_s = 0.3;
 
 // Holds attention at one layer until it is let go.
 class Gate {
@@ -92,9 +92,9 @@ void stuck_attention() {
     Gate gate(rig, 3);
     const std::string message = fail_step(rig, 2);
     CHECK(message ==
-          "overdue: no answer for layer 1, lane 1 within 0.1 s; its attention still runs");
+          "overdue: no answer for layer 1, lane 1 within 0.3 s; its attention still runs");
     CHECK(MESSAGE_OF(ServiceError, rig.service->begin_step(rig.step(1))) ==
-          "begin_step: attention of an earlier, failed step still runs after 0.1 s");
+          "begin_step: attention of an earlier, failed step still runs after 0.3 s");
     CHECK(starts_with(MESSAGE_OF(ServiceError, rig.service->close()), "close: attention"));
     const uint32_t released = rig.service->first_ticket(1) + Rig::num_layers - 1;
     gate.let_go();
@@ -105,26 +105,41 @@ void stuck_attention() {
     serve_after_failure(rig);
 }
 
+void given_up_while_others_have_their_turn() {
+    Rig rig(short_s);
+    bool computed = false;
+    rig.on_compute = [&](int, const neo::DecodeBatch &) { computed = true; };
+    {
+        std::lock_guard<std::mutex> lock(rig.turn);
+        rig.service->begin_step(rig.step(1));
+        rig.service->ring(0, rig.service->first_ticket(0));
+        CHECK(starts_with(MESSAGE_OF(ServiceError, rig.service->end_step(std::nullopt)),
+                          "overdue: no answer for layer 0, lane 0 within 0.3 s"));
+    }
+    rig.service->close(); // waits until the service has left the step
+    CHECK(!computed);
+}
+
 void silent_device() {
     Rig rig(short_s);
     rig.service->begin_step(rig.step(2));
     CHECK(MESSAGE_OF(ServiceError, rig.service->end_step(std::nullopt)) ==
-          "overdue: no request for layer 0, lane 0 within 0.1 s");
+          "overdue: no request for layer 0, lane 0 within 0.3 s");
     serve_after_failure(rig);
     rig.service->begin_step(rig.step(2));
     rig.service->ring(0, rig.service->first_ticket(0));
     CHECK(MESSAGE_OF(ServiceError, rig.service->wait(1, rig.service->first_ticket(1))) ==
-          "overdue: no request for layer 0, lane 1 within 0.1 s");
+          "overdue: no request for layer 0, lane 1 within 0.3 s");
     MESSAGE_OF(ServiceError, rig.service->end_step(std::nullopt));
     serve_after_failure(rig);
 }
 
 void slow_but_steady() {
-    Rig rig(0.4);
+    Rig rig(1.0);
     rig.on_compute = [](int, const neo::DecodeBatch &) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
     };
-    CHECK(rig.serve(2, 0).wall_s > 0.5);
+    CHECK(rig.serve(2, 0).wall_s > 1.0);
 }
 
 void end_step_with_a_limit() {
@@ -182,7 +197,7 @@ void destroyed_while_stuck() {
     rig.service->begin_step(rig.step(1));
     rig.service->ring(0, rig.service->first_ticket(0));
     std::thread later([&] {
-        std::this_thread::sleep_for(std::chrono::milliseconds(250));
+        std::this_thread::sleep_for(std::chrono::milliseconds(700));
         gate.let_go();
     });
     rig.service.reset();
@@ -196,6 +211,7 @@ void test_service_failures() {
         attention_throws(at_call);
     prepare_refuses();
     stuck_attention();
+    given_up_while_others_have_their_turn();
     silent_device();
     slow_but_steady();
     end_step_with_a_limit();
