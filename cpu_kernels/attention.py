@@ -6,18 +6,16 @@ The KV cache is in the host layout of `host_kv_shapes`. No arithmetic happens he
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
-from cpu_kernels.build import load
 from cpu_kernels.checks import (
-    DTYPES,
     check_cache,
     check_group,
     check_ints,
     check_rows,
 )
+from cpu_kernels.native import NativePool
 from cpu_kernels.topology import attention_cpus, available_cpus, default_num_threads
 
 # How long idle threads poll before they sleep. Sleeping and waking costs some 10 to 50 µs a call,
@@ -26,15 +24,17 @@ DEFAULT_SPIN_US = 50
 
 
 class CpuAttention:
-    """Paged attention on a persistent pool of pinned threads.
+    """Paged attention on a persistent pool of pinned threads and the calling thread.
 
-    Safe to call from several Python threads, which take turns; the GIL is free meanwhile. A process
-    forked from this one must make its own.
+    Safe to call from several Python threads, which take turns, with each other and with an
+    `AttentionService` on the same pool; the GIL is free meanwhile. A process forked from this one
+    must make its own.
 
     Args:
         cache_dir: Where `build` put the kernels.
-        num_threads: Attention threads; default: all physical cores but one, at least 1.
-        pin: Bind each thread to a core.
+        num_threads: How many threads work on a call, the caller among them; default: all physical
+            cores but one, at least 1.
+        pin: Bind each thread but the caller's to a core.
         spin_us: How long idle threads poll before they sleep, µs; default: 50 where a core is left
             for the engine, else 0.
 
@@ -59,23 +59,22 @@ class CpuAttention:
             spin_us = DEFAULT_SPIN_US if num_threads < len(available_cpus()) else 0
         if not 0 <= spin_us <= 1_000_000:
             raise ValueError(f"spin_us: expected 0 to 1,000,000 µs, got {spin_us}")
-        self._module = load(cache_dir)
         cpus = attention_cpus(num_threads) if pin else []
-        # The only strong reference to the pool: dropping it joins the threads, also at exit.
-        self._holder = [self._module.Context(num_threads, cpus, spin_us)]
-        self._finalizer = weakref.finalize(self, self._holder.clear)
+        # Also at exit: the pool joins its threads when the last reference to it goes.
+        self.native = NativePool(cache_dir, num_threads, cpus, spin_us)
+        self._finalizer = weakref.finalize(self, self.native.close)
         self._num_threads = num_threads
+        self._spin_us = spin_us
 
     @property
     def num_threads(self) -> int:
-        """Number of attention threads."""
+        """Number of threads that work on a call, the caller among them."""
         return self._num_threads
 
     @property
-    def _context(self) -> Any:
-        if not self._holder:
-            raise ValueError("CpuAttention: it has been closed")
-        return self._holder[0]
+    def spin_us(self) -> int:
+        """How long idle threads poll before they sleep, µs."""
+        return self._spin_us
 
     def paged_decode_attention(
         self,
@@ -125,14 +124,14 @@ class CpuAttention:
         for name, rows in (("k", k), ("v", v)):
             if rows is not None:
                 check_rows(name, rows, (num_seqs, num_kv_heads, head_dim), q.dtype)
-        self._context.decode(
-            self._module.DecodeBatch(
-                layer=self._layer(k_cache, v_cache),
-                out=self._rows(out),
-                q=self._rows(q),
-                k=self._rows(k),
-                v=self._rows(v),
-                element=self._element(q),
+        self.native.context.decode(
+            self.native.module.DecodeBatch(
+                layer=self.native.layer(k_cache, v_cache),
+                out=self.native.rows(out),
+                q=self.native.rows(q),
+                k=self.native.rows(k),
+                v=self.native.rows(v),
+                element=self.native.element(q),
                 block_tables=block_tables.data_ptr(),
                 block_tables_stride=block_tables.stride(0),
                 max_blocks=block_tables.shape[1],
@@ -169,12 +168,12 @@ class CpuAttention:
         check_rows("k", k, shape)
         check_rows("v", v, shape, k.dtype)
         check_ints("slot_mapping", slot_mapping, shape[:1], torch.int64)
-        self._context.store(
-            self._module.StoreBatch(
-                layer=self._layer(k_cache, v_cache),
-                k=self._rows(k),
-                v=self._rows(v),
-                element=self._element(k),
+        self.native.context.store(
+            self.native.module.StoreBatch(
+                layer=self.native.layer(k_cache, v_cache),
+                k=self.native.rows(k),
+                v=self.native.rows(v),
+                element=self.native.element(k),
                 slot_mapping=slot_mapping.data_ptr(),
                 num_tokens=shape[0],
             )
@@ -210,18 +209,36 @@ class CpuAttention:
             )
         k = torch.empty(seq_len, num_kv_heads, head_dim, dtype=k_cache.dtype)
         v = torch.empty_like(k)
-        layer = self._layer(k_cache, v_cache)
-        self._context.gather(layer, block_table.data_ptr(), seq_len, k.data_ptr(), v.data_ptr())
+        layer = self.native.layer(k_cache, v_cache)
+        self.native.context.gather(
+            layer, block_table.data_ptr(), seq_len, k.data_ptr(), v.data_ptr()
+        )
         return k, v
 
     def read(self, memory: torch.Tensor) -> None:
         """Read a contiguous tensor's bytes with plain loads on all threads; for measuring."""
         if not memory.is_contiguous():
             raise ValueError(f"memory: expected a contiguous tensor, got {memory.stride()}")
-        self._context.read(memory.data_ptr(), memory.numel() * memory.element_size())
+        self.native.context.read(memory.data_ptr(), memory.numel() * memory.element_size())
+
+    def touch(self, memory: torch.Tensor) -> None:
+        """Fill a contiguous CPU tensor with zeros on all threads.
+
+        Fresh memory gets its pages then, near the threads that will read them, and many times
+        faster than one thread makes them.
+        """
+        if memory.device.type != "cpu" or not memory.is_contiguous():
+            raise ValueError(
+                f"memory: expected a contiguous CPU tensor, got strides {memory.stride()} "
+                f"on {memory.device}"
+            )
+        self.native.context.touch(memory.data_ptr(), memory.numel() * memory.element_size())
 
     def close(self) -> None:
-        """End and join the threads; a second call does nothing."""
+        """End and join the threads, or let a service that is still open do it when it closes.
+
+        A second call does nothing.
+        """
         self._finalizer()
 
     def __enter__(self) -> "CpuAttention":
@@ -236,23 +253,3 @@ class CpuAttention:
     ) -> None:
         """Close."""
         self.close()
-
-    def _element(self, tensor: torch.Tensor) -> Any:
-        return getattr(self._module.Element, DTYPES[tensor.dtype])
-
-    def _rows(self, rows: torch.Tensor | None) -> Any:
-        if rows is None:
-            return self._module.Rows(0, 0)
-        return self._module.Rows(rows.data_ptr(), rows.stride(0))
-
-    def _layer(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> Any:
-        num_blocks, num_kv_heads, head_dim, block_size = k_cache.shape
-        return self._module.KvLayer(
-            k=k_cache.data_ptr(),
-            v=v_cache.data_ptr(),
-            element=self._element(k_cache),
-            num_blocks=num_blocks,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block_size=block_size,
-        )

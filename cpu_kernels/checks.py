@@ -8,6 +8,7 @@ import torch
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
 MAX_GROUP = 16
+BELL_WORDS = 16  # a cache line
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -54,6 +55,26 @@ def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int,
     return num_blocks, num_kv_heads, head_dim, block_size
 
 
+def check_pools(
+    k_pool: torch.Tensor, v_pool: torch.Tensor, num_layers: int, num_kv_heads: int, head_dim: int
+) -> None:
+    """Check the K and V of all layers, `[num_layers, ...]`, against a model's shape."""
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        if pool.dim() != 5 or pool.shape[0] != num_layers:
+            raise ValueError(
+                f"{name}: expected 5 dimensions, the first of size {num_layers}, "
+                f"got shape {tuple(pool.shape)}"
+            )
+        if not pool.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {pool.stride()}")
+    _, actual_heads, actual_dim, _ = check_cache(k_pool[0], v_pool[0])
+    if (actual_heads, actual_dim) != (num_kv_heads, head_dim):
+        raise ValueError(
+            f"k_pool: expected {num_kv_heads} KV heads of size {head_dim}, "
+            f"got {actual_heads} of size {actual_dim}"
+        )
+
+
 def check_rows(
     name: str, rows: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype | None = None
 ) -> None:
@@ -98,3 +119,40 @@ def check_group(num_q_heads: int, num_kv_heads: int) -> None:
             f"q: expected 1 to {MAX_GROUP} query heads for each of {num_kv_heads} KV heads, "
             f"got {num_q_heads} query heads"
         )
+
+
+def check_buffers(
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    bells: torch.Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Check the memory that a device and the attention service share."""
+    for name, tensor in (("rows", rows), ("out", out), ("bells", bells)):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous, got strides {tensor.stride()}")
+    row_size = (num_q_heads + 2 * num_kv_heads) * head_dim
+    if rows.dim() != 3 or rows.shape[2] != row_size or not rows.numel():
+        raise ValueError(
+            f"rows: expected shape (num_lanes, max_rows, {row_size}), got {tuple(rows.shape)}"
+        )
+    if rows.dtype not in DTYPES:
+        raise ValueError(f"rows: expected bfloat16, float16 or float32, got {rows.dtype}")
+    out_shape = (*rows.shape[:2], num_q_heads * head_dim)
+    if tuple(out.shape) != out_shape or out.dtype != rows.dtype:
+        raise ValueError(
+            f"out: expected shape {out_shape} of {rows.dtype}, "
+            f"got {tuple(out.shape)} of {out.dtype}"
+        )
+    bells_shape = (rows.shape[0], 2, BELL_WORDS)
+    if tuple(bells.shape) != bells_shape or bells.dtype != torch.int32:
+        raise ValueError(
+            f"bells: expected shape {bells_shape} of torch.int32, "
+            f"got {tuple(bells.shape)} of {bells.dtype}"
+        )
+    if bells.data_ptr() % 64:
+        raise ValueError("bells: expected memory aligned to 64 bytes, a cache line")

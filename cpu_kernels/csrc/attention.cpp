@@ -82,14 +82,18 @@ void call(ispc::Segment &segment, const KvLayer &layer, int first_head, const vo
 } // namespace
 
 void DecodeAttention::run(const DecodeBatch &batch) {
-    check(batch);
-    cut(batch);
+    prepare(batch);
+    compute(batch);
+}
+
+void DecodeAttention::compute(const DecodeBatch &batch) {
+    start(batch);
     pool_.for_each(int64_t(tasks_.size()), [&](int64_t i) { attend(batch, tasks_[i]); });
 }
 
 // As many KV heads as leave every thread several tasks: the heads of a block lie side by side, so
 // more heads mean longer runs of memory. The choice does not change the result.
-int DecodeAttention::heads_per_task(const DecodeBatch &batch) const {
+int DecodeAttention::choose_heads(const DecodeBatch &batch) const {
     int64_t segments = 0;
     for (int seq = 0; seq < batch.num_seqs; seq++)
         segments += num_segments(batch.seq_lens[seq]);
@@ -103,11 +107,10 @@ int DecodeAttention::heads_per_task(const DecodeBatch &batch) const {
 }
 
 // List the tasks, whole segments before the shorter last ones: small tasks last even out the end.
-void DecodeAttention::cut(const DecodeBatch &batch) {
+void DecodeAttention::prepare(const DecodeBatch &batch) {
+    check(batch);
     const int num_kv_heads = batch.layer.num_kv_heads;
-    const int heads = heads_per_task(batch);
-    const size_t row_bytes =
-        size_t(batch.num_q_heads) * batch.layer.head_dim * size_of(batch.element);
+    const int heads = heads_per_task_ = choose_heads(batch);
     const size_t num_counters = size_t(batch.num_seqs) * num_kv_heads;
     if (num_counters > unfinished_size_) {
         unfinished_ = std::make_unique<std::atomic<int>[]>(num_counters);
@@ -118,16 +121,11 @@ void DecodeAttention::cut(const DecodeBatch &batch) {
     int64_t num_partials = 0;
     for (int seq = 0; seq < batch.num_seqs; seq++) {
         const int segments = num_segments(batch.seq_lens[seq]);
-        if (segments == 0)
-            std::memset(at(batch.out, batch, seq, 0), 0, row_bytes);
         first_partial_[seq] = num_partials;
         num_partials += segments > 1 ? int64_t(segments) * num_kv_heads : 0;
         for (int segment = 0; segment + 1 < segments; segment++)
             for (int head = 0; head < num_kv_heads; head += heads)
                 tasks_.push_back({seq, head, std::min(heads, num_kv_heads - head), segment});
-        for (int head = 0; head < num_kv_heads; head += heads)
-            unfinished_[size_t(seq) * num_kv_heads + head].store(segments,
-                                                                 std::memory_order_relaxed);
     }
     for (int seq = 0; seq < batch.num_seqs; seq++)
         for (int head = 0; batch.seq_lens[seq] > 0 && head < num_kv_heads; head += heads)
@@ -136,6 +134,21 @@ void DecodeAttention::cut(const DecodeBatch &batch) {
     const size_t floats = size_t(num_partials * partial_size(batch));
     if (floats > partials_.size())
         partials_.resize(floats);
+}
+
+// What each computation needs anew: the counts of unfinished segments, zeros for empty requests.
+void DecodeAttention::start(const DecodeBatch &batch) {
+    const int num_kv_heads = batch.layer.num_kv_heads;
+    const size_t row_bytes =
+        size_t(batch.num_q_heads) * batch.layer.head_dim * size_of(batch.element);
+    for (int seq = 0; seq < batch.num_seqs; seq++) {
+        const int segments = num_segments(batch.seq_lens[seq]);
+        if (segments == 0)
+            std::memset(at(batch.out, batch, seq, 0), 0, row_bytes);
+        for (int head = 0; head < num_kv_heads; head += heads_per_task_)
+            unfinished_[size_t(seq) * num_kv_heads + head].store(segments,
+                                                                 std::memory_order_relaxed);
+    }
 }
 
 float *DecodeAttention::partial(const DecodeBatch &batch, int seq, int segment, int head) {

@@ -61,6 +61,12 @@ class DecodeAttention {
     // range.
     void run(const DecodeBatch &batch);
 
+    // The two halves of run, for those who compute one batch at many layers.
+    // prepare checks and cuts it and leaves the pool alone; compute may then be called with the
+    // same lengths and block tables and any addresses. Throws as run does: only in prepare.
+    void prepare(const DecodeBatch &batch);
+    void compute(const DecodeBatch &batch);
+
   private:
     // One request, a range of KV heads, one segment of NEO_SEGMENT_TOKENS tokens.
     struct Task {
@@ -70,14 +76,15 @@ class DecodeAttention {
         int segment;
     };
 
-    int heads_per_task(const DecodeBatch &batch) const;
-    void cut(const DecodeBatch &batch);
+    int choose_heads(const DecodeBatch &batch) const;
+    void start(const DecodeBatch &batch);
     void attend(const DecodeBatch &batch, const Task &task);
     void merge(const DecodeBatch &batch, const Task &task, int num_segments);
     float *partial(const DecodeBatch &batch, int seq, int segment, int head);
 
     ThreadPool &pool_;
     std::vector<Task> tasks_;
+    int heads_per_task_ = 1;
     std::vector<int64_t> first_partial_;             // of each request, in segments times KV heads
     std::vector<float> partials_;                    // acc, max, sum of each unmerged segment
     std::unique_ptr<std::atomic<int>[]> unfinished_; // segments left, by request and KV head

@@ -1,76 +1,20 @@
 // The Python border: addresses and sizes in, exceptions out. Every call drops the GIL.
 //
 // Shapes, types and strides are checked by the Python side; lengths and block ids by the C++ side.
-#include <chrono>
-#include <mutex>
-#include <stdexcept>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "attention.h"
-#include "kv_copy.h"
-#include "rows_ispc.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 
 namespace {
 
-void *pointer(uintptr_t address) {
-    return reinterpret_cast<void *>(address);
-}
-
-// A pool and what runs on it. Callers from several Python threads take turns.
-class Context {
-  public:
-    Context(int num_threads, const std::vector<int> &cpus, int spin_us)
-        : pool_(num_threads, cpus, std::chrono::microseconds(spin_us)), attention_(pool_) {}
-
-    int num_threads() const { return pool_.size(); }
-
-    void decode(const neo::DecodeBatch &batch) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        attention_.run(batch);
-    }
-
-    void store(const neo::StoreBatch &batch) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        neo::store_kv(pool_, batch);
-    }
-
-    void gather(const neo::KvLayer &layer, uintptr_t block_table, int64_t seq_len, uintptr_t k,
-                uintptr_t v) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        neo::gather_kv(pool_, layer, static_cast<const int32_t *>(pointer(block_table)), seq_len,
-                       pointer(k), pointer(v));
-    }
-
-    // Read memory on all threads and do nothing with it: what attention is measured against.
-    void read(uintptr_t address, int64_t num_bytes) {
-        constexpr int64_t chunk = 256 << 10;
-        std::lock_guard<std::mutex> lock(mutex_);
-        pool_.for_each((num_bytes + chunk - 1) / chunk, [&](int64_t i) {
-            const int64_t bytes = std::min(chunk, num_bytes - i * chunk);
-            const char *first = static_cast<const char *>(pointer(address)) + i * chunk;
-            ispc::read_words(reinterpret_cast<const int32_t *>(first), bytes / 4);
-        });
-    }
-
-    // For tests: what happens to an exception in a worker.
-    void fail_in_worker(const std::string &message) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        pool_.for_each(100, [&](int64_t i) {
-            if (i == 7)
-                throw std::runtime_error(message);
-        });
-    }
-
-  private:
-    std::mutex mutex_;
-    neo::ThreadPool pool_;
-    neo::DecodeAttention attention_;
-};
+using neo::pointer;
 
 neo::KvLayer make_layer(uintptr_t k, uintptr_t v, neo::Element element, int64_t num_blocks,
                         int num_kv_heads, int head_dim, int block_size) {
@@ -128,13 +72,15 @@ PYBIND11_MODULE(_native, module) {
     py::class_<neo::StoreBatch>(module, "StoreBatch")
         .def(py::init(&make_store), py::kw_only(), py::arg("layer"), py::arg("k"), py::arg("v"),
              py::arg("element"), py::arg("slot_mapping"), py::arg("num_tokens"));
-    py::class_<Context>(module, "Context")
+    py::class_<neo::Context, std::shared_ptr<neo::Context>>(module, "Context")
         .def(py::init<int, const std::vector<int> &, int>(), py::arg("num_threads"),
              py::arg("cpus"), py::arg("spin_us"))
-        .def_property_readonly("num_threads", &Context::num_threads)
-        .def("decode", &Context::decode, release())
-        .def("store", &Context::store, release())
-        .def("gather", &Context::gather, release())
-        .def("read", &Context::read, release())
-        .def("fail_in_worker", &Context::fail_in_worker, release());
+        .def_property_readonly("num_threads", &neo::Context::num_threads)
+        .def("decode", &neo::Context::decode, release())
+        .def("store", &neo::Context::store, release())
+        .def("gather", &neo::Context::gather, release())
+        .def("read", &neo::Context::read, release())
+        .def("touch", &neo::Context::touch, release())
+        .def("fail_in_worker", &neo::Context::fail_in_worker, release());
+    neo::bind_service(module);
 }

@@ -4,36 +4,17 @@
 #include <string>
 
 #include <pthread.h>
-#include <sched.h>
 #include <unistd.h>
 
+#include "polling.h"
+
 namespace neo {
-
-namespace {
-
-void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
-// Best effort: a core that has been taken away since is no reason to fail.
-void bind_to(int cpu) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
-}
-
-} // namespace
 
 ThreadPool::ThreadPool(int num_threads, const std::vector<int> &cpus,
                        std::chrono::microseconds spin)
     : owner_(getpid()), state_(std::make_unique<State>(spin)) {
     state_->threads.reserve(num_threads);
-    for (int i = 0; i < num_threads; i++) {
+    for (int i = 0; i + 1 < num_threads; i++) {
         const int cpu = cpus.empty() ? -1 : cpus[i % cpus.size()];
         std::thread &thread = state_->threads.emplace_back(&State::work, state_.get(), cpu);
         const std::string name = "neo-attn-" + std::to_string(i);
@@ -60,21 +41,26 @@ void ThreadPool::for_each(int64_t count, const std::function<void(int64_t)> &bod
     if (getpid() != owner_)
         throw std::runtime_error("CPU attention was created before a fork and has no threads in "
                                  "this process; create it after forking");
-    if (count <= 0)
-        return;
     State &state = *state_;
+    if (count <= 1 || state.threads.empty()) {
+        for (int64_t i = 0; i < count; i++)
+            body(i);
+        return;
+    }
     state.body = &body;
     state.count = count;
     state.error = nullptr;
     state.next.store(0, std::memory_order_relaxed);
-    state.busy.store(size(), std::memory_order_relaxed);
+    state.inside.fetch_sub(State::closed, std::memory_order_acq_rel);
     {
         std::lock_guard<std::mutex> lock(state.mutex);
         state.generation.fetch_add(1, std::memory_order_release);
     }
     state.wake.notify_all();
-    const auto done = [&] { return state.busy.load(std::memory_order_acquire) == 0; };
-    if (!state.poll(done)) {
+    state.drain();
+    state.inside.fetch_add(State::closed, std::memory_order_acq_rel);
+    const auto done = [&] { return state.inside.load(std::memory_order_acquire) == State::closed; };
+    if (!spin_until(done, spin())) {
         std::unique_lock<std::mutex> lock(state.mutex);
         state.finished.wait(lock, done);
     }
@@ -82,40 +68,30 @@ void ThreadPool::for_each(int64_t count, const std::function<void(int64_t)> &bod
         std::rethrow_exception(state.error);
 }
 
-// True as soon as done() is, false if it still is not when `spin` has passed.
-template <typename Done> bool ThreadPool::State::poll(const Done &done) const {
-    if (done())
-        return true;
-    const auto deadline = std::chrono::steady_clock::now() + spin;
-    while (std::chrono::steady_clock::now() < deadline)
-        for (int i = 0; i < 16; i++) {
-            if (done())
-                return true;
-            relax();
-        }
-    return done();
-}
-
 void ThreadPool::State::work(int cpu) {
-    if (cpu >= 0)
-        bind_to(cpu);
+    bind_to(cpu);
     uint32_t seen = 0;
     const auto called = [&] { return generation.load(std::memory_order_acquire) != seen; };
     for (;;) {
-        if (!poll(called)) {
+        if (!spin_until(called, spin.load(std::memory_order_relaxed))) {
             std::unique_lock<std::mutex> lock(mutex);
             wake.wait(lock, called);
         }
-        seen++;
+        seen = generation.load(std::memory_order_acquire);
         if (stop.load(std::memory_order_relaxed))
             return;
+        join_in();
+    }
+}
+
+// Work on the job there is, if there is one: who comes late finds it closed, or the next one.
+void ThreadPool::State::join_in() {
+    if (inside.fetch_add(1, std::memory_order_acq_rel) < closed)
         drain();
-        if (busy.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-            // Notified under the lock, so that the caller cannot return, and destroy the pool,
-            // in between.
-            std::lock_guard<std::mutex> lock(mutex);
-            finished.notify_one();
-        }
+    if (inside.fetch_sub(1, std::memory_order_acq_rel) == closed + 1) {
+        // Under the lock, or it could fall between the caller's last look and its sleep.
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_one();
     }
 }
 

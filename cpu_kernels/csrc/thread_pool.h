@@ -21,7 +21,8 @@ namespace neo {
 
 class ThreadPool {
   public:
-    // cpus: the core of each thread, or empty to let the system place them.
+    // num_threads: how many work on a job, the caller among them: one thread fewer is started.
+    // cpus: the core of each started thread, or empty to let the system place them.
     // spin: how long an idle thread and a waiting caller poll before they sleep.
     ThreadPool(int num_threads, const std::vector<int> &cpus, std::chrono::microseconds spin);
     // Ends and joins the threads.
@@ -29,9 +30,16 @@ class ThreadPool {
     ThreadPool(const ThreadPool &) = delete;
     ThreadPool &operator=(const ThreadPool &) = delete;
 
-    int size() const { return static_cast<int>(state_->threads.size()); }
+    int size() const { return static_cast<int>(state_->threads.size()) + 1; }
 
-    // Run body(0) ... body(count - 1) on the pool, in any order, and wait for all.
+    std::chrono::microseconds spin() const { return state_->spin.load(std::memory_order_relaxed); }
+    // Takes effect when a thread next runs out of work.
+    void set_spin(std::chrono::microseconds spin) {
+        state_->spin.store(spin, std::memory_order_relaxed);
+    }
+
+    // Run body(0) ... body(count - 1) on the calling thread and the pool, in any order, and wait
+    // for all. Waits for no thread that has not started on them: a sleeper costs nothing.
     // The first exception of a body is rethrown here; bodies not yet started are then dropped.
     // One caller at a time. Throws std::runtime_error in a forked child.
     void for_each(int64_t count, const std::function<void(int64_t)> &body);
@@ -42,13 +50,13 @@ class ThreadPool {
     struct State {
         explicit State(std::chrono::microseconds spin) : spin(spin) {}
         void work(int cpu);
+        void join_in();
         void drain() noexcept;
-        template <typename Done> bool poll(const Done &done) const;
 
-        const std::chrono::microseconds spin;
+        std::atomic<std::chrono::microseconds> spin;
         std::vector<std::thread> threads;
 
-        // The job; written by for_each before generation announces it.
+        // The job; for_each writes it while `inside` is marked closed.
         const std::function<void(int64_t)> *body = nullptr;
         int64_t count = 0;
         std::exception_ptr error;
@@ -56,7 +64,9 @@ class ThreadPool {
 
         alignas(64) std::atomic<int64_t> next{0};
         alignas(64) std::atomic<uint32_t> generation{0};
-        alignas(64) std::atomic<int> busy{0};
+        // Threads that may be reading the job, plus `closed` while there is none to read.
+        static constexpr int closed = 1 << 30;
+        alignas(64) std::atomic<int> inside{closed};
         std::atomic<bool> stop{false};
         std::mutex mutex;
         std::condition_variable wake;

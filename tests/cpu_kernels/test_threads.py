@@ -60,7 +60,7 @@ def test_worker_exception_reaches_the_caller_and_the_pool_lives_on(kernel_cache:
         expected = run(attention, case)
         for _ in range(20):
             with pytest.raises(RuntimeError, match=r"^worker failed on purpose$"):
-                attention._context.fail_in_worker("worker failed on purpose")
+                attention.native.context.fail_in_worker("worker failed on purpose")
         assert torch.equal(run(attention, case), expected)
 
 
@@ -68,12 +68,33 @@ def test_close_joins_the_threads(kernel_cache: Path) -> None:
     before = num_attention_threads()
     attention = CpuAttention(kernel_cache, 3)
     assert attention.num_threads == 3
-    assert num_attention_threads() == before + 3
+    assert num_attention_threads() == before + 2  # the caller is the third
     attention.close()
     attention.close()
     assert num_attention_threads() == before
     with pytest.raises(ValueError, match=r"closed"):
         run(attention, make_case([5]))
+
+
+def test_single_thread_is_the_caller_alone(kernel_cache: Path) -> None:
+    before = num_attention_threads()
+    case = make_case([5, 1300])
+    with CpuAttention(kernel_cache, 1) as alone, CpuAttention(kernel_cache, 4) as four:
+        assert num_attention_threads() == before + 3
+        assert torch.equal(run(alone, case), run(four, case))
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_touch_fills_with_zeros_and_nothing_else(kernel_cache: Path, num_threads: int) -> None:
+    memory = torch.full((7_000_003,), 7, dtype=torch.uint8)
+    with CpuAttention(kernel_cache, num_threads) as attention:
+        attention.touch(memory[5:-5])
+        attention.touch(memory[:0])
+        with pytest.raises(ValueError, match=r"^memory: expected a contiguous CPU tensor"):
+            attention.touch(memory[::2])
+    assert (memory[5:-5] == 0).all()
+    assert (memory[:5] == 7).all()
+    assert (memory[-5:] == 7).all()
 
 
 def test_default_leaves_a_core(kernel_cache: Path) -> None:
