@@ -76,7 +76,10 @@ class StepPrediction:
     """Predicted times of a step in seconds; a layer's parts are summed over all layers.
 
     `step_s` is the whole step; `linear_s`, `gpu_attention_s` and `cpu_attention_s` have one entry a
-    sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides.
+    sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides, `prompt_copy_s` the
+    copying of `cprf` rows' K and V, which runs beside the layers, and `fixed_s` what a step costs
+    beside its layers. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill
+    tokens counted at what they cost (see `engine.step_former`).
     """
 
     step_s: float
@@ -88,6 +91,25 @@ class StepPrediction:
     handover_s: float
     exposed_cpu_s: float
     tokens_per_s: float
+    prompt_copy_s: float = 0.0
+    fixed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMeasurement:
+    """Measured times of a step in seconds, all sub-batches and layers together; None: unknown.
+
+    `fixed_s` is what a step costs beside its layers and swaps.
+    """
+
+    step_s: float
+    linear_s: float | None = None
+    gpu_attention_s: float | None = None
+    prefill_attention_s: float | None = None
+    cpu_attention_s: float | None = None
+    handover_s: float | None = None
+    swap_s: float | None = None
+    fixed_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -102,6 +124,10 @@ class StepPlan:
     prediction: StepPrediction | None = None
     gpu_only_prediction: StepPrediction | None = None
     """What the best step without host-resident rows would have been; None where there is none."""
+    reason: str = ""
+    """Why this mode, in a few words, for logs."""
+    forced: bool = False
+    """Whether a host-resident request that had waited long enough made the choice, not the rate."""
 
     @property
     def scheduled(self) -> list[ScheduledRequest]:
