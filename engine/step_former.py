@@ -27,8 +27,8 @@ from engine.request import Placement, Request
 from engine.scheduler_config import SchedulerConfig
 from engine.step_plan import ScheduledRequest, StepMode, StepPrediction, SubBatch
 
-_LIMIT_STEPS = 32
-"""Prompt chunks are shrunk to the latency limit within this fraction of the budget."""
+_LIMIT_PRECISION = 16
+"""Prompt chunks are shrunk to the latency limit to within a 16th of what fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +152,12 @@ class StepFormer:
         """Return the best step with host-resident rows.
 
         Prompts for the host are an investment in later steps: they are part of it if the step is
-        no worse than the device alone, even where decodes alone would have a higher rate.
+        no worse than the device alone, even where decodes alone would have a higher rate. They
+        stay, too, when somebody has waited long enough: it may be one whose prompt is half done.
         """
         with_prompts = self._fit(view, lambda b: self._asymmetric(view, b, weight, True), budget)
-        if with_prompts.merit >= baseline.merit or self._config.mode == "asymmetric":
+        pays = with_prompts.merit >= baseline.merit
+        if pays or view.is_due or self._config.mode == "asymmetric":
             return with_prompts if with_prompts.mode is StepMode.ASYMMETRIC else None
         without = self._fit(view, lambda b: self._asymmetric(view, b, weight, False), budget)
         drafts = [d for d in (with_prompts, without) if d.mode is StepMode.ASYMMETRIC]
@@ -169,7 +171,7 @@ class StepFormer:
         fitting, low, high = build(0), 0, budget
         if not fitting.within_limit or fitting.is_empty:
             return fitting if not fitting.is_empty else build(1)
-        while high - low > max(1, budget // _LIMIT_STEPS):
+        while high - low > max(1, low // _LIMIT_PRECISION):
             middle = (low + high) // 2
             draft = build(middle)
             if draft.within_limit:
@@ -192,7 +194,8 @@ class StepFormer:
         windows = hidden_windows(self._model, load, prefix)
         hidden = hidden_in_one(self._model, load, prefix)
         best: Draft | None = None
-        for num_rows in self._row_counts(view, {windows.num_second, windows.num_hidden, hidden}):
+        marks = {windows.num_second, windows.num_hidden, hidden}
+        for num_rows in self._row_counts(view, base, marks):
             deal = windows.deal(num_rows)
             one = one_load(load, prefix, num_rows)
             options = [(one, None), (dealt_loads(load, prefix, deal), deal)]
@@ -204,7 +207,7 @@ class StepFormer:
         best.sub_batches = _with_host_rows(base, view.cdec, rows, chosen)
         return best
 
-    def _row_counts(self, view: StepView, marks: Iterable[int]) -> list[int]:
+    def _row_counts(self, view: StepView, base: SubBatch, marks: Iterable[int]) -> list[int]:
         """Return how many host-resident rows are worth a try."""
         most = len(view.cdec)
         if self._config.mode == "asymmetric":
@@ -213,7 +216,7 @@ class StepFormer:
         while most > 1:
             most //= 2
             counts.add(most)
-        if view.is_due and view.cdec:
+        if view.cdec and (view.is_due or not base.scheduled):
             counts = {max(1, count) for count in counts}
         return sorted(counts)
 
