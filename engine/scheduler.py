@@ -204,15 +204,16 @@ class Scheduler:
     def _view(self, plan: StepPlan) -> StepView:
         host, on_host = self.residency.host, self._resident(Placement.HOST)
         host_free = 0 if host is None else host.num_free
-        cdec = [request for request in on_host if _decodes(request)]
+        gdec = [r for r in self._running if _is_on_device(r) and _decodes(r)]
+        cdec = [r for r in on_host if _decodes(r) and self._may_decode_on_host(r)]
         headroom = self.config.headroom_blocks * len(on_host)
         target = self.policy.target.num_host if self.policy.offloads else 0
         needs_host = bool(self._waiting) and (
             self._blocks_of(self._waiting[0]) > self.residency.device.num_blocks
         )
         return StepView(
-            gdec=[r for r in self._running if _is_on_device(r) and _decodes(r)],
-            cdec=sorted(cdec, key=lambda r: (-r.num_skipped_steps, r.sequence)),
+            gdec=gdec,
+            cdec=sorted(cdec, key=lambda r: (self._patience(r), r.sequence)),
             prefilling=[r for r in self._running if not _decodes(r)],
             waiting=self._waiting,
             num_running=len(self._running),
@@ -228,8 +229,28 @@ class Scheduler:
                 swap.request.num_computed_tokens for swap in plan.swaps_out + plan.swaps_in
             ),
             uses_host=host is not None and bool(on_host or target or needs_host),
-            is_due=any(r.num_skipped_steps >= self.config.max_skipped_steps for r in on_host),
+            least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
+            is_due=any(self._patience(r) <= 0 for r in on_host),
         )
+
+    def _is_parked(self, request: Request) -> bool:
+        """Return whether a host-resident request only waits there for the device."""
+        return not self.policy.offloads and self._fits_device_ever(request)
+
+    def _may_decode_on_host(self, request: Request) -> bool:
+        """Return whether a step may compute a host-resident row.
+
+        Not one that is parked: where offloading does not pay in the long run, a step that would
+        gain by it now only keeps the device's blocks taken for longer.
+        """
+        idle = not self._resident(Placement.DEVICE)
+        return idle or not self._is_parked(request) or self._patience(request) <= 0
+
+    def _patience(self, request: Request) -> int:
+        """Return how many more steps may leave a host-resident request out."""
+        parked = self._is_parked(request)
+        limit = self.config.max_parked_steps if parked else self.config.max_skipped_steps
+        return limit - request.num_skipped_steps
 
     def _device_is_spoken_for(self, on_host: Sequence[Request]) -> bool:
         """Return whether free device blocks are kept for a parked request, which came first."""

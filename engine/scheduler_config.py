@@ -23,6 +23,9 @@ class SchedulerConfig:
         policy_interval_steps: Steps between two looks at that gain.
         max_skipped_steps: Steps in a row that may leave out a host-resident request. Then the next
             step computes at least the one that waited longest.
+        max_parked_steps: The same for one that is only parked on the host until the device has
+            room again, because offloading does not pay. A GPU-only engine would have preempted it,
+            so its wait may be as long as a queue's.
         swap_cooldown_steps: Steps that a request stays where it was swapped to.
         headroom_blocks: Blocks per resident request that stay free when a request is swapped in or
             sent to the host, so that the others' growth does not evict it at once.
@@ -38,7 +41,8 @@ class SchedulerConfig:
     min_offload_gain: float = 1.05
     policy_interval_steps: int = 16
     max_skipped_steps: int = 32
-    swap_cooldown_steps: int = 16
+    max_parked_steps: int = 512
+    swap_cooldown_steps: int = 4
     headroom_blocks: int = 1
 
     def __post_init__(self) -> None:
@@ -58,6 +62,7 @@ class SchedulerConfig:
         for name, least in (
             ("policy_interval_steps", 1),
             ("max_skipped_steps", 0),
+            ("max_parked_steps", 0),
             ("swap_cooldown_steps", 1),
             ("headroom_blocks", 0),
         ):

@@ -49,6 +49,7 @@ class StepView:
         can_admit: New requests may start.
         swap_tokens: Tokens that move before the step, whatever is chosen.
         uses_host: The host may take part.
+        least_gain: Rate with host-resident rows over that without from which they are computed.
         is_due: A host-resident request has waited as long as it may.
     """
 
@@ -65,6 +66,7 @@ class StepView:
     can_admit: bool
     swap_tokens: int
     uses_host: bool
+    least_gain: float
     is_due: bool
 
 
@@ -138,7 +140,7 @@ class StepFormer:
             return Choice(asymmetric, None, "nothing to do on the device alone")
         if self._config.mode == "asymmetric":
             return Choice(asymmetric, baseline, "mode asymmetric")
-        if asymmetric.merit >= baseline.merit:
+        if _pays(view, asymmetric, baseline):
             better = "within the TPOT limit" if not baseline.within_limit else "higher rate"
             return Choice(asymmetric, baseline, better)
         if view.is_due:
@@ -156,8 +158,8 @@ class StepFormer:
         stay, too, when somebody has waited long enough: it may be one whose prompt is half done.
         """
         with_prompts = self._fit(view, lambda b: self._asymmetric(view, b, weight, True), budget)
-        pays = with_prompts.merit >= baseline.merit
-        if pays or view.is_due or self._config.mode == "asymmetric":
+        must = view.is_due or self._config.mode == "asymmetric"
+        if must or _pays(view, with_prompts, baseline):
             return with_prompts if with_prompts.mode is StepMode.ASYMMETRIC else None
         without = self._fit(view, lambda b: self._asymmetric(view, b, weight, False), budget)
         drafts = [d for d in (with_prompts, without) if d.mode is StepMode.ASYMMETRIC]
@@ -285,6 +287,11 @@ class StepFormer:
             admitted.append((request, placement))
             budget -= _add_chunk(sub_batch, request, placement, budget)
         return sub_batch, admitted
+
+
+def _pays(view: StepView, asymmetric: Draft, gpu_only: Draft) -> bool:
+    within_limit, rate = gpu_only.merit
+    return asymmetric.merit >= (within_limit, rate * view.least_gain)
 
 
 def _decodes(requests: Sequence[Request]) -> list[ScheduledRequest]:

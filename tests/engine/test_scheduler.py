@@ -56,7 +56,7 @@ class Run:
         # Each request alone needs at most one step a token; each may be preempted by each other;
         # on the host each may be left out for as long as the options and its neighbours allow.
         num_tokens = sum(a.num_prompt + a.max_tokens for a in arrivals)
-        self.most_skipped = limits.max_skipped_steps + len(arrivals)
+        self.most_skipped = max(limits.max_skipped_steps, limits.max_parked_steps) + len(arrivals)
         self.most_steps = 100 + num_tokens * len(arrivals) * (self.most_skipped + 1)
 
     def serve(self) -> None:
@@ -192,6 +192,7 @@ def test_any_load_on_device_and_host(data, arrivals, cost_model) -> None:
         min_offload_gain=data.draw(st.sampled_from([1.0, 1.05, 2.0])),
         policy_interval_steps=data.draw(st.integers(1, 8)),
         max_skipped_steps=data.draw(st.integers(0, 6)),
+        max_parked_steps=data.draw(st.integers(0, 12)),
         swap_cooldown_steps=data.draw(st.integers(1, 4)),
         headroom_blocks=data.draw(st.integers(0, 2)),
     )
@@ -381,6 +382,7 @@ def test_after_a_failed_step_what_was_not_aborted_starts_again() -> None:
         ({"min_offload_gain": 0.9}, "min_offload_gain must be at least 1, got 0.9"),
         ({"policy_interval_steps": 0}, "policy_interval_steps must be at least 1, got 0"),
         ({"max_skipped_steps": -1}, "max_skipped_steps must be at least 0, got -1"),
+        ({"max_parked_steps": -1}, "max_parked_steps must be at least 0, got -1"),
         ({"swap_cooldown_steps": 0}, "swap_cooldown_steps must be at least 1, got 0"),
         ({"headroom_blocks": -1}, "headroom_blocks must be at least 0, got -1"),
     ],
