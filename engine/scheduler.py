@@ -5,6 +5,11 @@ is left of the token budget goes to prefill chunks. A request is wholly on the d
 the host. When device blocks run out, the request that came last moves to the host, or is preempted:
 its blocks are freed and its tokens are computed again later. Plain Python, no torch.
 
+Nobody starves. Device-resident rows decode in every step. A host-resident row whose prompt is done
+is computed at the latest after `max_skipped_steps` (parked ones: `max_parked_steps`) and one more
+step for each other host-resident row, since a due step computes at least the most overdue one.
+Prompts and waiting requests go in order of arrival, so only those that came first can hold them up.
+
 This file keeps the state: the queue, who runs, who holds blocks. `engine.step_former` chooses among
 the steps that are possible, `engine.offload_policy` says whether the host is worth using.
 """
@@ -19,8 +24,10 @@ from engine.offload_policy import OffloadPolicy
 from engine.request import Placement, Request, RequestState
 from engine.residency import Residency
 from engine.scheduler_config import SchedulerConfig
-from engine.step_former import Choice, StepFormer, StepView
+from engine.step_former import StepFormer
 from engine.step_plan import ScheduledRequest, StepPlan
+from engine.step_view import Choice, StepView
+from engine.swap_rules import SwapRules
 
 __all__ = ["ScheduledRequest", "Scheduler", "SchedulerConfig", "StepPlan"]
 
@@ -48,7 +55,7 @@ class Scheduler:
         self.policy = OffloadPolicy(
             config, cost_model, device_pool.capacity_tokens, host.capacity_tokens if host else 0
         )
-        self._model = cost_model
+        self._rules = SwapRules(config, cost_model, self.residency, self.policy)
         self._former = StepFormer(config, cost_model)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -149,24 +156,13 @@ class Scheduler:
         for request in [r for r in self._resident(Placement.DEVICE) if _decodes(r)]:
             while _is_on_device(request) and not self.residency.can_grow(request):
                 victim = self._resident(Placement.DEVICE)[-1]
-                if self._should_swap_out(victim):
+                if self._rules.should_swap_out(victim):
                     plan.swaps_out.append(self.residency.swap_out(victim, self._num_steps))
                 else:
                     self._preempt(victim)
                     plan.preempted.append(victim)
             if _is_on_device(request):
                 self.residency.grow(request)
-
-    def _should_swap_out(self, victim: Request) -> bool:
-        """Return whether the host has room, and moving costs less than computing again."""
-        if victim.num_computed_tokens == 0 or not self.residency.host_can_take(victim):
-            return False
-        num_tokens = victim.num_computed_tokens
-        if self.policy.offloads or self._blocks_of(victim) > self.residency.device.num_blocks:
-            return True
-        layer_s = self._model.linear_s(num_tokens)
-        layer_s += self._model.prefill_attention_s(num_tokens, num_tokens)
-        return 2 * self._model.swap_s(num_tokens) < layer_s * self._model.num_layers
 
     def _swap_in(self, plan: StepPlan) -> None:
         """Bring the longest-waiting request back when the device comfortably holds it."""
@@ -177,87 +173,48 @@ class Scheduler:
         for request in self._resident(Placement.HOST):
             if self._waiting and request.sequence > self._waiting[0].sequence:
                 return
-            if not self._fits_device_ever(request):
-                continue
-            if self._num_missing_blocks(request) <= self.residency.device.num_free and (
-                self._has_cooled_down(request) and request.num_computed_tokens > 0
-            ):
-                plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
-            return
-
-    def _num_missing_blocks(self, request: Request) -> int:
-        """Return the free device blocks that a swap-in wants: the request's and headroom."""
-        num_residents = len(self._resident(Placement.DEVICE)) + 1
-        return self._blocks_of(request) + self.config.headroom_blocks * num_residents
-
-    def _fits_device_ever(self, request: Request) -> bool:
-        wanted = self._blocks_of(request) + self.config.headroom_blocks
-        return wanted <= self.residency.device.num_blocks
-
-    def _has_cooled_down(self, request: Request) -> bool:
-        last = request.last_swap_step
-        return last is None or self._num_steps - last > self.config.swap_cooldown_steps
-
-    def _blocks_of(self, request: Request) -> int:
-        return self.residency.device.blocks_for(request.num_tokens)
+            if self._rules.fits_device(request):
+                num_on_device = len(self._resident(Placement.DEVICE))
+                if self._rules.may_swap_in(request, num_on_device, self._num_steps):
+                    plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
+                return
 
     def _view(self, plan: StepPlan) -> StepView:
-        host, on_host = self.residency.host, self._resident(Placement.HOST)
-        host_free = 0 if host is None else host.num_free
-        gdec = [r for r in self._running if _is_on_device(r) and _decodes(r)]
-        cdec = [r for r in on_host if _decodes(r) and self._may_decode_on_host(r)]
+        device, host = self.residency.device, self.residency.host
+        on_device, on_host = self._resident(Placement.DEVICE), self._resident(Placement.HOST)
+        cdec = [
+            request
+            for request in on_host
+            if _decodes(request) and self._rules.may_decode_on_host(request, len(on_device))
+        ]
         headroom = self.config.headroom_blocks * len(on_host)
         target = self.policy.target.num_host if self.policy.offloads else 0
-        needs_host = bool(self._waiting) and (
-            self._blocks_of(self._waiting[0]) > self.residency.device.num_blocks
-        )
+        needs_host = bool(self._waiting) and not self._rules.fits_device(self._waiting[0], 0)
+        swaps = plan.swaps_out + plan.swaps_in
         return StepView(
-            gdec=gdec,
-            cdec=sorted(cdec, key=lambda r: (self._patience(r), r.sequence)),
-            prefilling=[r for r in self._running if not _decodes(r)],
+            gdec=[request for request in on_device if _decodes(request)],
+            cdec=sorted(cdec, key=lambda r: (self._rules.patience(r), r.sequence)),
+            prefilling=[request for request in self._running if not _decodes(request)],
             waiting=self._waiting,
             num_running=len(self._running),
-            device_free=0
-            if self._device_is_spoken_for(on_host)
-            else (self.residency.device.num_free),
-            device_total=self.residency.device.num_blocks,
-            host_free=max(0, host_free - headroom),
+            device_free=0 if self._device_is_spoken_for(on_host) else device.num_free,
+            device_total=device.num_blocks,
+            host_free=0 if host is None else max(0, host.num_free - headroom),
             host_room=max(0, target - len(on_host)),
-            block_size=self.residency.device.block_size,
+            block_size=device.block_size,
             can_admit=not plan.preempted and not plan.swaps_out,
-            swap_tokens=sum(
-                swap.request.num_computed_tokens for swap in plan.swaps_out + plan.swaps_in
-            ),
+            swap_tokens=sum(swap.request.num_computed_tokens for swap in swaps),
             uses_host=host is not None and bool(on_host or target or needs_host),
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
-            is_due=any(self._patience(r) <= 0 for r in on_host),
+            is_due=any(self._rules.patience(request) <= 0 for request in on_host),
         )
-
-    def _is_parked(self, request: Request) -> bool:
-        """Return whether a host-resident request only waits there for the device."""
-        return not self.policy.offloads and self._fits_device_ever(request)
-
-    def _may_decode_on_host(self, request: Request) -> bool:
-        """Return whether a step may compute a host-resident row.
-
-        Not one that is parked: where offloading does not pay in the long run, a step that would
-        gain by it now only keeps the device's blocks taken for longer.
-        """
-        idle = not self._resident(Placement.DEVICE)
-        return idle or not self._is_parked(request) or self._patience(request) <= 0
-
-    def _patience(self, request: Request) -> int:
-        """Return how many more steps may leave a host-resident request out."""
-        parked = self._is_parked(request)
-        limit = self.config.max_parked_steps if parked else self.config.max_skipped_steps
-        return limit - request.num_skipped_steps
 
     def _device_is_spoken_for(self, on_host: Sequence[Request]) -> bool:
         """Return whether free device blocks are kept for a parked request, which came first."""
         if self.policy.offloads or not self._waiting:
             return False
         first = self._waiting[0].sequence
-        return any(r.sequence < first and self._fits_device_ever(r) for r in on_host)
+        return any(r.sequence < first and self._rules.fits_device(r) for r in on_host)
 
     def _commit(self, plan: StepPlan, choice: Choice) -> None:
         draft = choice.draft

@@ -12,7 +12,6 @@ at the price of the second read of the weights and of whatever wait the pipeline
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from engine.cost_model import CostModel, SubBatchLoad, load_of, predict
 from engine.dealing import (
@@ -23,87 +22,14 @@ from engine.dealing import (
     one_load,
     prefix_sums,
 )
+from engine.prompt_admission import take_prompts
 from engine.request import Placement, Request
 from engine.scheduler_config import SchedulerConfig
-from engine.step_plan import ScheduledRequest, StepMode, StepPrediction, SubBatch
+from engine.step_plan import ScheduledRequest, StepMode, SubBatch
+from engine.step_view import Choice, Draft, StepView
 
 _LIMIT_PRECISION = 16
 """Prompt chunks are shrunk to the latency limit to within a 16th of what fits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepView:
-    """What a step can be made of; blocks of decodes are reserved already.
-
-    Args:
-        gdec: Device-resident requests that decode; all of them do.
-        cdec: Host-resident ones that could, by their right to.
-        prefilling: Requests on either side whose prompt is not finished, in order of arrival.
-        waiting: Requests without blocks, in order of arrival.
-        num_running: Requests with blocks.
-        device_free: Blocks new requests may take on the device.
-        device_total: Blocks of the device pool.
-        host_free: The same on the host, without the headroom of those there.
-        host_room: Requests that may still go to the host by choice.
-        block_size: Tokens of a block.
-        can_admit: New requests may start.
-        swap_tokens: Tokens that move before the step, whatever is chosen.
-        uses_host: The host may take part.
-        least_gain: Rate with host-resident rows over that without from which they are computed.
-        is_due: A host-resident request has waited as long as it may.
-    """
-
-    gdec: Sequence[Request]
-    cdec: Sequence[Request]
-    prefilling: Sequence[Request]
-    waiting: Sequence[Request]
-    num_running: int
-    device_free: int
-    device_total: int
-    host_free: int
-    host_room: int
-    block_size: int
-    can_admit: bool
-    swap_tokens: int
-    uses_host: bool
-    least_gain: float
-    is_due: bool
-
-
-@dataclass(slots=True, kw_only=True)
-class Draft:
-    """A step that could be: rows, requests it starts and where, and what it is worth."""
-
-    sub_batches: list[SubBatch]
-    admitted: list[tuple[Request, Placement]] = field(default_factory=list)
-    prediction: StepPrediction
-    within_limit: bool = True
-
-    @property
-    def mode(self) -> StepMode:
-        """Asymmetric as soon as one row is host-resident."""
-        has_host_rows = any(s.cdec or s.cprf for s in self.sub_batches)
-        return StepMode.ASYMMETRIC if has_host_rows else StepMode.GPU_ONLY
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is computed."""
-        return not any(s.scheduled for s in self.sub_batches)
-
-    @property
-    def merit(self) -> tuple[bool, float]:
-        """What drafts are compared by: the limit first, then the rate."""
-        return self.within_limit, self.prediction.tokens_per_s
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The chosen draft, why, and what it was compared with."""
-
-    draft: Draft
-    gpu_only: Draft | None
-    reason: str
-    forced: bool = False
 
 
 class StepFormer:
@@ -121,15 +47,18 @@ class StepFormer:
     def form(self, view: StepView) -> Choice:
         """Return the step to run; its draft is empty if there is nothing to do."""
         budget = self._config.max_num_batched_tokens - len(view.gdec)
-        device, _ = self._prefills(view, budget, with_host=False)
+        host_budget = budget - len(view.cdec)
+        device, _ = self._prompts(view, budget, with_host=False)
         if not view.uses_host:
             weight = self._prefill_weight(view, device)
             draft = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
             return Choice(draft, None if draft.is_empty else draft, "no host-resident requests")
-        mixed, _ = self._prefills(view, budget - len(view.cdec), with_host=True)
+        mixed, _ = take_prompts(
+            view, budget - len(view.cdec), self._config.max_num_seqs, with_host=True
+        )
         weight = self._prefill_weight(view, mixed if mixed.scheduled else device)
         gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
-        asymmetric = self._best_asymmetric(view, budget - len(view.cdec), weight, gpu_only)
+        asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
         return self._choose(view, gpu_only, asymmetric)
 
     def _choose(self, view: StepView, gpu_only: Draft, asymmetric: Draft | None) -> Choice:
@@ -145,8 +74,8 @@ class StepFormer:
             return Choice(asymmetric, baseline, better)
         if view.is_due:
             return Choice(asymmetric, baseline, "a host-resident request waited", forced=True)
-        worse = "within the TPOT limit" if not asymmetric.within_limit else "higher rate"
-        return Choice(gpu_only, baseline, worse)
+        worse = "too little gain" if asymmetric.within_limit else "beyond the TPOT limit"
+        return Choice(gpu_only, baseline, f"with host-resident rows: {worse}")
 
     def _best_asymmetric(
         self, view: StepView, budget: int, weight: float, baseline: Draft
@@ -183,13 +112,13 @@ class StepFormer:
         return fitting
 
     def _gpu_only(self, view: StepView, budget: int, weight: float) -> Draft:
-        sub_batch, admitted = self._prefills(view, budget, with_host=False)
+        sub_batch, admitted = self._prompts(view, budget, with_host=False)
         sub_batch.gdec.extend(_decodes(view.gdec))
         return self._draft(view, [sub_batch], admitted, [load_of(self._model, sub_batch)], weight)
 
     def _asymmetric(self, view: StepView, budget: int, weight: float, with_host: bool) -> Draft:
         """Try one and two sub-batches with more and fewer host-resident rows; keep the best."""
-        base, admitted = self._prefills(view, budget, with_host=with_host)
+        base, admitted = self._prompts(view, budget, with_host=with_host)
         base.gdec.extend(_decodes(view.gdec))
         load = load_of(self._model, base)
         prefix = prefix_sums([request.num_tokens for request in view.cdec])
@@ -241,6 +170,11 @@ class StepFormer:
             within_limit=not waits or prediction.step_s <= self._config.tpot_limit_s,
         )
 
+    def _prompts(
+        self, view: StepView, budget: int, *, with_host: bool
+    ) -> tuple[SubBatch, list[tuple[Request, Placement]]]:
+        return take_prompts(view, budget, self._config.max_num_seqs, with_host=with_host)
+
     def _prefill_weight(self, view: StepView, prefills: SubBatch) -> float:
         """Return what a prompt token costs on the device alone, in decode tokens."""
         if not prefills.scheduled:
@@ -257,37 +191,6 @@ class StepFormer:
         per_decode_s = decode_s / max(1, len(view.gdec))
         return max(0.0, extra_s) / per_decode_s / with_prefills.num_prefill_tokens
 
-    def _prefills(
-        self, view: StepView, budget: int, *, with_host: bool
-    ) -> tuple[SubBatch, list[tuple[Request, Placement]]]:
-        """Spend the budget on prompts: those begun first, then waiting ones, in order."""
-        sub_batch = SubBatch()
-        for request in view.prefilling:
-            if with_host or request.placement is Placement.DEVICE:
-                budget -= _add_chunk(sub_batch, request, request.placement, budget)
-        admitted: list[tuple[Request, Placement]] = []
-        if not view.can_admit:
-            return sub_batch, admitted
-        device_free, host_free, host_room = view.device_free, view.host_free, view.host_room
-        for request in view.waiting:
-            if budget <= 0 or view.num_running + len(admitted) >= self._config.max_num_seqs:
-                break
-            num_blocks = -(-request.num_tokens // view.block_size)
-            if num_blocks <= device_free:
-                placement, device_free = Placement.DEVICE, device_free - num_blocks
-            elif (
-                with_host
-                and num_blocks <= host_free
-                and (host_room > 0 or num_blocks > view.device_total)
-            ):
-                placement, host_free = Placement.HOST, host_free - num_blocks
-                host_room -= 1
-            else:
-                break
-            admitted.append((request, placement))
-            budget -= _add_chunk(sub_batch, request, placement, budget)
-        return sub_batch, admitted
-
 
 def _pays(view: StepView, asymmetric: Draft, gpu_only: Draft) -> bool:
     within_limit, rate = gpu_only.merit
@@ -296,15 +199,6 @@ def _pays(view: StepView, asymmetric: Draft, gpu_only: Draft) -> bool:
 
 def _decodes(requests: Sequence[Request]) -> list[ScheduledRequest]:
     return [ScheduledRequest(request, request.num_computed_tokens, 1) for request in requests]
-
-
-def _add_chunk(sub_batch: SubBatch, request: Request, placement: Placement, budget: int) -> int:
-    num_tokens = min(request.num_uncomputed_tokens, budget)
-    if num_tokens <= 0:
-        return 0
-    rows = sub_batch.gprf if placement is Placement.DEVICE else sub_batch.cprf
-    rows.append(ScheduledRequest(request, request.num_computed_tokens, num_tokens))
-    return num_tokens
 
 
 def _with_host_rows(
