@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from engine.cost_model import CostModel
 from engine.kv_blocks import BlockPool
 from engine.offload_policy import OffloadPolicy
-from engine.request import Placement, Request, RequestState
+from engine.request import FinishReason, Placement, Request, RequestState
 from engine.residency import Residency
 from engine.scheduler_config import SchedulerConfig
 from engine.step_former import StepFormer
@@ -115,7 +115,6 @@ class Scheduler:
                 continue  # aborted while the step ran
             request.append_token(token_id)
             if request.is_finished:
-                self.policy.observe_finished(request)
                 self.release(request)
 
     def abandon_step(self, plan: StepPlan) -> None:
@@ -134,6 +133,8 @@ class Scheduler:
         """Drop a finished request, wherever it stands, and free its blocks."""
         self.residency.drop(request)
         if request in self._running:
+            if request.finish_reason is not FinishReason.ABORT:
+                self.policy.observe_finished(request)
             self._running.remove(request)
         elif request in self._waiting:
             self._waiting.remove(request)
@@ -202,7 +203,7 @@ class Scheduler:
             host_free=0 if host is None else max(0, host.num_free - headroom),
             host_room=max(0, target - len(on_host)),
             block_size=device.block_size,
-            can_admit=not plan.preempted and not plan.swaps_out,
+            can_admit=not self._running or not (plan.preempted or plan.swaps_out),
             swap_tokens=sum(swap.request.num_computed_tokens for swap in swaps),
             uses_host=host is not None and bool(on_host or target or needs_host),
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,

@@ -121,6 +121,7 @@ class StepPlan:
     swaps_out: list[Swap] = field(default_factory=list)
     swaps_in: list[Swap] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    """Who lost its blocks. If that left nobody running, it may start again in this very step."""
     prediction: StepPrediction | None = None
     gpu_only_prediction: StepPrediction | None = None
     """What the best step without host-resident rows would have been; None where there is none."""

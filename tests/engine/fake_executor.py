@@ -34,8 +34,9 @@ class FakeExecutor:
         self.check_rows(plan)
         self.check_prediction(plan)
         assert not (plan.swaps_out and plan.swaps_in)
+        scheduled = {item.request for item in plan.scheduled}
         for request in plan.preempted:
-            assert request.state is RequestState.WAITING
+            assert (request.state is RequestState.RUNNING) == (request in scheduled)
             assert request.num_computed_tokens == 0
         for swap in plan.swaps_out:
             self.move(swap, Placement.DEVICE, Placement.HOST)
@@ -52,7 +53,8 @@ class FakeExecutor:
         scheduled = plan.scheduled
         requests = {item.request for item in scheduled}
         assert len(requests) == len(scheduled) <= self.limits.max_num_seqs
-        assert not set(plan.preempted) & requests
+        restarted = set(plan.preempted) & requests
+        assert not restarted or all(item.start == 0 for item in scheduled)
         assert 0 < plan.num_tokens <= self.limits.max_num_batched_tokens
         for sub_batch in plan.sub_batches:
             assert sub_batch.scheduled
