@@ -15,6 +15,13 @@ class RequestState(enum.Enum):
     FINISHED = "finished"
 
 
+class Placement(enum.Enum):
+    """Where a request's KV blocks are, all of them."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 class FinishReason(enum.Enum):
     """Why a request ended; the values are the ones OpenAI's API uses, plus `abort`."""
 
@@ -29,6 +36,9 @@ class Request:
 
     `num_computed_tokens` counts the tokens of `prompt + output` whose K and V are in the cache. A
     preempted request goes back to 0 and keeps its output: nothing that was generated is lost.
+    `sequence` is its place in the order of arrival; `num_skipped_steps` counts the steps in a row
+    that left it out while it was host-resident; `last_swap_step` is the step that last moved it.
+    The scheduler keeps all three.
     """
 
     request_id: str
@@ -42,6 +52,11 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_preemptions: int = 0
+    num_swaps: int = 0
+    placement: Placement = Placement.DEVICE
+    sequence: int = 0
+    num_skipped_steps: int = 0
+    last_swap_step: int | None = None
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

@@ -1,106 +1,66 @@
-"""Decides what each step computes: which requests, how many tokens of each, whose blocks.
+"""Decides what each step computes: which requests, how many tokens of each, whose blocks, where.
 
 First come, first served. Decodes go first, so that running requests never wait for a prompt; what
-is left of the token budget goes to prefill chunks. When blocks run out, the request that came last
-is preempted: its blocks are freed and its tokens are computed again later. Plain Python, no torch.
+is left of the token budget goes to prefill chunks. A request is wholly on the device or wholly on
+the host. When device blocks run out, the request that came last moves to the host, or is preempted:
+its blocks are freed and its tokens are computed again later. Plain Python, no torch.
+
+Nobody starves. Device-resident rows decode in every step. A host-resident row whose prompt is done
+is computed at the latest after `max_skipped_steps` (parked ones: `max_parked_steps`) and one more
+step for each other host-resident row, since a due step computes at least the most overdue one.
+Prompts and waiting requests go in order of arrival, so only those that came first can hold them up.
+
+This file keeps the state: the queue, who runs, who holds blocks. `engine.step_former` chooses among
+the steps that are possible, `engine.offload_policy` says whether the host is worth using.
 """
 
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-from engine.errors import ConfigError
+from engine.cost_model import CostModel
 from engine.kv_blocks import BlockPool
-from engine.request import Request, RequestState
+from engine.offload_policy import OffloadPolicy
+from engine.request import FinishReason, Placement, Request, RequestState
+from engine.residency import Residency
+from engine.scheduler_config import SchedulerConfig
+from engine.step_former import StepFormer
+from engine.step_plan import ScheduledRequest, StepPlan
+from engine.step_view import Choice, StepView
+from engine.swap_rules import SwapRules
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of one step.
-
-    Args:
-        max_num_seqs: Most requests that run at once.
-        max_num_batched_tokens: Most tokens of one step; longer prompts are prefilled in chunks.
-
-    Raises:
-        ConfigError: A limit is below 1, or there is no room for one token of every request.
-    """
-
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), "
-                f"got {self.max_num_batched_tokens}"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """A request's share of a step: tokens `start` to `start + num_tokens` go through the model."""
-
-    request: Request
-    start: int
-    num_tokens: int
-
-    @property
-    def end(self) -> int:
-        """Tokens in the KV cache after the step."""
-        return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step ends with a new token for this request (not so for inner chunks)."""
-        return self.end == self.request.num_tokens
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one step computes; decodes come before prefills in the batch."""
-
-    decodes: list[ScheduledRequest] = field(default_factory=list)
-    prefills: list[ScheduledRequest] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def scheduled(self) -> list[ScheduledRequest]:
-        """All shares in batch order."""
-        return self.decodes + self.prefills
-
-    @property
-    def sampling(self) -> list[ScheduledRequest]:
-        """The shares that end with a new token, in batch order."""
-        return [item for item in self.scheduled if item.samples]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that go through the model."""
-        return len(self.decodes) + sum(item.num_tokens for item in self.prefills)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return not self.decodes and not self.prefills
+__all__ = ["ScheduledRequest", "Scheduler", "SchedulerConfig", "StepPlan"]
 
 
 class Scheduler:
     """Forms steps from waiting and running requests.
 
     Args:
-        config: Limits of one step.
-        pool: The block accounting of the device pool.
+        config: Limits of one step, and when the host is used.
+        device_pool: The block accounting of device memory.
+        host_pool: That of host memory; None keeps every request on the device.
+        cost_model: Times of a step's parts.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        device_pool: BlockPool,
+        host_pool: BlockPool | None,
+        cost_model: CostModel,
+    ) -> None:
         self.config = config
-        self.pool = pool
-        self._waiting: deque[Request] = deque()
+        host = None if config.mode == "gpu-only" else host_pool
+        self.residency = Residency(device_pool, host)
+        self.policy = OffloadPolicy(
+            config, cost_model, device_pool.capacity_tokens, host.capacity_tokens if host else 0
+        )
+        self._rules = SwapRules(config, cost_model, self.residency, self.policy)
+        self._former = StepFormer(config, cost_model)
+        self._waiting: list[Request] = []
         self._running: list[Request] = []
+        self._num_added = 0
+        self._num_steps = 0
 
     @property
     def num_waiting(self) -> int:
@@ -109,11 +69,18 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Requests that hold blocks."""
+        """Requests that hold blocks, on either side."""
         return len(self._running)
+
+    @property
+    def num_running_host(self) -> int:
+        """Requests that hold blocks on the host."""
+        return len(self._resident(Placement.HOST))
 
     def add(self, request: Request) -> None:
         """Queue a request behind all others."""
+        request.sequence = self._num_added
+        self._num_added += 1
         self._waiting.append(request)
 
     def requests(self) -> Iterable[Request]:
@@ -123,69 +90,14 @@ class Scheduler:
     def plan_step(self) -> StepPlan:
         """Choose what the next step computes and reserve its blocks."""
         plan = StepPlan()
-        budget = self.config.max_num_batched_tokens
-        budget -= self._plan_decodes(plan)
-        budget -= self._plan_running_prefills(plan, budget)
-        if not plan.preempted:
-            self._admit(plan, budget)
+        self.policy.update(self._running, self._waiting)
+        self._reserve_host_decodes(plan)
+        self._reserve_device_decodes(plan)
+        self._swap_in(plan)
+        choice = self._former.form(self._view(plan))
+        self._commit(plan, choice)
+        self._num_steps += 1
         return plan
-
-    def _plan_decodes(self, plan: StepPlan) -> int:
-        for request in [r for r in self._running if r.num_uncomputed_tokens == 1]:
-            if request.state is not RequestState.RUNNING:
-                continue  # preempted for an earlier one, in this very loop
-            if self._reserve_or_preempt(request, plan):
-                plan.decodes.append(ScheduledRequest(request, request.num_computed_tokens, 1))
-        return len(plan.decodes)
-
-    def _reserve_or_preempt(self, request: Request, plan: StepPlan) -> bool:
-        """Reserve the blocks of a running request; preempt from the back while they are missing."""
-        while not self.pool.can_hold(request.request_id, request.num_tokens):
-            victim = self._running[-1]
-            self._preempt(victim)
-            plan.preempted.append(victim)
-            if victim is request:
-                return False
-        self.pool.grow(request.request_id, request.num_tokens)
-        return True
-
-    def _plan_running_prefills(self, plan: StepPlan, budget: int) -> int:
-        used = 0
-        for request in self._running:
-            if request.num_uncomputed_tokens > 1 and used < budget:
-                used += self._plan_chunk(request, plan, budget - used)
-        return used
-
-    def _plan_chunk(self, request: Request, plan: StepPlan, budget: int) -> int:
-        num_tokens = min(request.num_uncomputed_tokens, budget)
-        plan.prefills.append(ScheduledRequest(request, request.num_computed_tokens, num_tokens))
-        return num_tokens
-
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Start waiting requests in order; the first that does not fit holds back the others.
-
-        All blocks of a request's known tokens are reserved at once, so that a prompt that was
-        begun can be finished.
-        """
-        while self._waiting and budget > 0 and len(self._running) < self.config.max_num_seqs:
-            request = self._waiting[0]
-            if not self.pool.can_hold(request.request_id, request.num_tokens):
-                return
-            self._waiting.popleft()
-            self.pool.grow(request.request_id, request.num_tokens)
-            request.state = RequestState.RUNNING
-            if request.first_scheduled_time_s is None:
-                request.first_scheduled_time_s = time.monotonic()
-            self._running.append(request)
-            budget -= self._plan_chunk(request, plan, budget)
-
-    def _preempt(self, request: Request) -> None:
-        self._running.remove(request)
-        self.pool.free(request.request_id)
-        request.state = RequestState.WAITING
-        request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        self._waiting.appendleft(request)
 
     def complete_step(self, plan: StepPlan, token_ids: Sequence[int]) -> None:
         """Record what a step computed.
@@ -205,10 +117,148 @@ class Scheduler:
             if request.is_finished:
                 self.release(request)
 
+    def abandon_step(self, plan: StepPlan) -> None:
+        """Give up a step that failed; nothing it computed or moved counts.
+
+        Its requests' caches are in an unknown state. Those that the caller aborts, before or after,
+        are gone; all others start again from their tokens.
+        """
+        involved = [item.request for item in plan.scheduled]
+        involved += [swap.request for swap in plan.swaps_out + plan.swaps_in]
+        for request in sorted(set(involved), key=_sequence):
+            if request.state is RequestState.RUNNING:
+                self._preempt(request)
+
     def release(self, request: Request) -> None:
         """Drop a finished request, wherever it stands, and free its blocks."""
-        self.pool.free(request.request_id)
+        self.residency.drop(request)
         if request in self._running:
+            if request.finish_reason is not FinishReason.ABORT:
+                self.policy.observe_finished(request)
             self._running.remove(request)
         elif request in self._waiting:
             self._waiting.remove(request)
+
+    def _resident(self, placement: Placement) -> list[Request]:
+        return [request for request in self._running if request.placement is placement]
+
+    def _reserve_host_decodes(self, plan: StepPlan) -> None:
+        """Reserve every host-resident row's next block; the last come give way to the first."""
+        for request in [r for r in self._resident(Placement.HOST) if _decodes(r)]:
+            while request.state is RequestState.RUNNING and not self.residency.can_grow(request):
+                victim = self._resident(Placement.HOST)[-1]
+                self._preempt(victim)
+                plan.preempted.append(victim)
+            if request.state is RequestState.RUNNING:
+                self.residency.grow(request)
+
+    def _reserve_device_decodes(self, plan: StepPlan) -> None:
+        """Reserve every device-resident row's next block; the last come give way to the first."""
+        for request in [r for r in self._resident(Placement.DEVICE) if _decodes(r)]:
+            while _is_on_device(request) and not self.residency.can_grow(request):
+                victim = self._resident(Placement.DEVICE)[-1]
+                if self._rules.should_swap_out(victim):
+                    plan.swaps_out.append(self.residency.swap_out(victim, self._num_steps))
+                else:
+                    self._preempt(victim)
+                    plan.preempted.append(victim)
+            if _is_on_device(request):
+                self.residency.grow(request)
+
+    def _swap_in(self, plan: StepPlan) -> None:
+        """Bring the longest-waiting request back when the device comfortably holds it."""
+        if self.residency.host is None or plan.swaps_out or plan.preempted:
+            return
+        if self.policy.offloads and self._waiting:
+            return  # new prompts fill the device without a swap
+        for request in self._resident(Placement.HOST):
+            if self._waiting and request.sequence > self._waiting[0].sequence:
+                return
+            if self._rules.fits_device(request):
+                num_on_device = len(self._resident(Placement.DEVICE))
+                if self._rules.may_swap_in(request, num_on_device, self._num_steps):
+                    plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
+                return
+
+    def _view(self, plan: StepPlan) -> StepView:
+        device, host = self.residency.device, self.residency.host
+        on_device, on_host = self._resident(Placement.DEVICE), self._resident(Placement.HOST)
+        cdec = [
+            request
+            for request in on_host
+            if _decodes(request) and self._rules.may_decode_on_host(request, len(on_device))
+        ]
+        headroom = self.config.headroom_blocks * len(on_host)
+        target = self.policy.target.num_host if self.policy.offloads else 0
+        needs_host = bool(self._waiting) and not self._rules.fits_device(self._waiting[0], 0)
+        swaps = plan.swaps_out + plan.swaps_in
+        return StepView(
+            gdec=[request for request in on_device if _decodes(request)],
+            cdec=sorted(cdec, key=lambda r: (self._rules.patience(r), r.sequence)),
+            prefilling=[request for request in self._running if not _decodes(request)],
+            waiting=self._waiting,
+            num_running=len(self._running),
+            device_free=0 if self._device_is_spoken_for(on_host) else device.num_free,
+            device_total=device.num_blocks,
+            host_free=0 if host is None else max(0, host.num_free - headroom),
+            host_room=max(0, target - len(on_host)),
+            block_size=device.block_size,
+            can_admit=not self._running or not (plan.preempted or plan.swaps_out),
+            swap_tokens=sum(swap.request.num_computed_tokens for swap in swaps),
+            uses_host=host is not None and bool(on_host or target or needs_host),
+            least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
+            is_due=any(self._rules.patience(request) <= 0 for request in on_host),
+        )
+
+    def _device_is_spoken_for(self, on_host: Sequence[Request]) -> bool:
+        """Return whether free device blocks are kept for a parked request, which came first."""
+        if self.policy.offloads or not self._waiting:
+            return False
+        first = self._waiting[0].sequence
+        return any(r.sequence < first and self._rules.fits_device(r) for r in on_host)
+
+    def _commit(self, plan: StepPlan, choice: Choice) -> None:
+        draft = choice.draft
+        for request, placement in draft.admitted:
+            self._start(request, placement)
+        plan.mode, plan.sub_batches = draft.mode, draft.sub_batches
+        plan.reason, plan.forced = choice.reason, choice.forced
+        if not draft.is_empty:
+            plan.prediction = draft.prediction
+        if choice.gpu_only is not None:
+            plan.gpu_only_prediction = choice.gpu_only.prediction
+        scheduled = {item.request.sequence for item in plan.scheduled}
+        for request in self._resident(Placement.HOST):
+            skipped = request.sequence not in scheduled
+            request.num_skipped_steps = request.num_skipped_steps + 1 if skipped else 0
+
+    def _start(self, request: Request, placement: Placement) -> None:
+        """Give a waiting request all blocks of its known tokens, so that its prompt can finish."""
+        self._waiting.remove(request)
+        request.placement = placement
+        self.residency.grow(request)
+        request.state = RequestState.RUNNING
+        if request.first_scheduled_time_s is None:
+            request.first_scheduled_time_s = time.monotonic()
+        insort(self._running, request, key=_sequence)
+
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(request)
+        self.residency.drop(request)
+        request.state = RequestState.WAITING
+        request.num_computed_tokens = 0
+        request.num_skipped_steps = 0
+        request.num_preemptions += 1
+        insort(self._waiting, request, key=_sequence)
+
+
+def _sequence(request: Request) -> int:
+    return request.sequence
+
+
+def _decodes(request: Request) -> bool:
+    return request.num_uncomputed_tokens == 1
+
+
+def _is_on_device(request: Request) -> bool:
+    return request.state is RequestState.RUNNING and request.placement is Placement.DEVICE

@@ -1,16 +1,17 @@
-"""The scheduler against a fake executor: any arrivals, lengths, limits, pool sizes and aborts."""
+"""The scheduler against a fake executor: any arrivals, lengths, limits, pools, costs and aborts."""
 
 from dataclasses import dataclass
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import ConfigError
 from engine.kv_blocks import BlockPool
-from engine.request import FinishReason, Request, RequestState
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, SchedulerConfig, StepPlan
+from engine.request import FinishReason, Placement, Request, RequestState
+from engine.scheduler import Scheduler, SchedulerConfig
+from engine.step_plan import StepMode, StepPlan
+from tests.engine.cost_tables import COST_MODELS
+from tests.engine.fake_executor import FakeExecutor
+from tests.engine.step_simulation import make_request
 
 BLOCK_SIZE = 4
 
@@ -25,186 +26,173 @@ class Arrival:
     abort_step: int | None
 
 
-ARRIVALS = st.builds(
-    Arrival,
-    step=st.integers(0, 20),
-    num_prompt=st.integers(1, 30),
-    max_tokens=st.integers(1, 20),
-    abort_step=st.none() | st.integers(0, 60),
-)
+ARRIVALS = st.lists(
+    st.builds(
+        Arrival,
+        step=st.integers(0, 20),
+        num_prompt=st.integers(1, 30),
+        max_tokens=st.integers(1, 20),
+        abort_step=st.none() | st.integers(0, 60),
+    ),
+    min_size=1,
+    max_size=12,
+).map(lambda arrivals: sorted(arrivals, key=lambda arrival: arrival.step))
 
 
-class FakeExecutor:
-    """Stands for the model: knows which positions are in the cache and what the tokens are.
+class Run:
+    """Serves arrivals to the end and checks everything on the way."""
 
-    The token sampled at position `p` is `p`, and it must not matter how often it is computed.
-    """
+    def __init__(self, arrivals, limits, device, host, cost_model, failing_steps=()) -> None:
+        self.arrivals, self.limits = arrivals, limits
+        self.failing_steps = failing_steps
+        self.pools = [pool for pool in (device, host) if pool is not None]
+        self.scheduler = Scheduler(limits, device, host, cost_model)
+        self.executor = FakeExecutor(limits, device, host, cost_model)
+        self.requests: list[Request] = []
+        self.last_swap: dict[Request, int] = {}
+        # Each request alone needs at most one step a token; each may be preempted by each other;
+        # on the host each may be left out for as long as the options and its neighbours allow.
+        num_tokens = sum(a.num_prompt + a.max_tokens for a in arrivals)
+        self.most_skipped = max(limits.max_skipped_steps, limits.max_parked_steps) + len(arrivals)
+        self.most_steps = 100 + num_tokens * len(arrivals) * (self.most_skipped + 1)
 
-    def __init__(self, pool: BlockPool, limits: SchedulerConfig) -> None:
-        self.pool = pool
-        self.limits = limits
-        self.cached: dict[str, int] = {}
+    def serve(self) -> None:
+        step = 0
+        while step <= 20 or any(not r.is_finished for r in self.requests):
+            assert step < self.most_steps, "a request starves"
+            self.arrive_and_abort(step)
+            outputs = {r: list(r.output_token_ids) for r in self.requests}
+            plan = self.scheduler.plan_step()
+            self.check_plan(plan, step)
+            if step in self.failing_steps and not plan.is_empty:
+                self.fail(plan)
+            elif not plan.is_empty:
+                self.scheduler.complete_step(plan, self.executor.execute(plan))
+            self.check_pools()
+            for request, before in outputs.items():  # nothing is lost on preemption
+                assert request.output_token_ids[: len(before)] == before
+                assert len(request.output_token_ids) <= len(before) + 1
+            step += 1
+        self.check_end()
 
-    def execute(self, plan: StepPlan) -> list[int]:
-        for request in plan.preempted:
-            assert request.state is RequestState.WAITING
-            assert not self.pool.block_table(request.request_id)
-            self.cached.pop(request.request_id, None)
-        scheduled = plan.scheduled
-        assert len({item.request.request_id for item in scheduled}) == len(scheduled)
-        assert not set(plan.preempted) & {item.request for item in scheduled}
-        assert len(scheduled) <= self.limits.max_num_seqs
-        assert plan.num_tokens == sum(item.num_tokens for item in scheduled)
-        assert 0 < plan.num_tokens <= self.limits.max_num_batched_tokens
-        assert all(item.num_tokens == 1 for item in plan.decodes)
-        for item in scheduled:
-            # Contiguous with what the cache holds, so each position exactly once.
-            assert item.start == self.cached.get(item.request.request_id, 0)
-            assert item.num_tokens >= 1
-            assert item.end <= item.request.num_tokens
-            held = len(self.pool.block_table(item.request.request_id))
-            assert held * BLOCK_SIZE >= item.end
-            assert item.samples == (item.end == item.request.num_tokens)
-            self.cached[item.request.request_id] = item.end
-        return [item.end for item in plan.sampling]
+    def arrive_and_abort(self, step: int) -> None:
+        for a in self.arrivals:
+            if a.step == step:
+                name = str(len(self.requests))
+                self.requests.append(make_request(name, a.num_prompt, a.max_tokens))
+                self.scheduler.add(self.requests[-1])
+        for request, a in zip(self.requests, self.arrivals, strict=False):
+            if a.abort_step == step and not request.is_finished:
+                self.abort(request)
+                self.check_pools()
+
+    def abort(self, request: Request) -> None:
+        request.finish(FinishReason.ABORT)
+        self.scheduler.release(request)
+
+    def fail(self, plan: StepPlan) -> None:
+        """Every second request of the step is aborted; the others start again."""
+        self.scheduler.abandon_step(plan)
+        self.check_pools()
+        for item in plan.scheduled[::2]:
+            self.abort(item.request)
+
+    def check_pools(self) -> None:
+        for pool in self.pools:
+            pool.check_integrity()
+
+    def check_plan(self, plan: StepPlan, step: int) -> None:
+        self.check_pools()
+        unfinished = [r for r in self.requests if not r.is_finished]
+        assert self.scheduler.num_running <= self.limits.max_num_seqs
+        assert self.scheduler.num_running + self.scheduler.num_waiting == len(unfinished)
+        assert plan.is_empty == (not unfinished), "work is left, but none is planned"
+        for swap in plan.swaps_in:
+            last = self.last_swap.get(swap.request, -self.most_steps)
+            assert step - last > self.limits.swap_cooldown_steps, "flapping"
+        for swap in plan.swaps_out + plan.swaps_in:
+            self.last_swap[swap.request] = step
+        for request in unfinished:
+            if request.num_uncomputed_tokens == 1:
+                assert request.num_skipped_steps <= self.most_skipped
+        scheduled = {item.request for item in plan.scheduled}
+        for request in unfinished:
+            on_device = request.placement is Placement.DEVICE
+            if request.state is RequestState.RUNNING and request.num_uncomputed_tokens == 1:
+                assert request in scheduled or not on_device, "a device-resident decode waits"
+
+    def check_end(self) -> None:
+        for request, a in zip(self.requests, self.arrivals, strict=True):
+            if request.finish_reason is FinishReason.ABORT:
+                continue
+            expected = list(range(a.num_prompt, a.num_prompt + a.max_tokens))
+            assert request.output_token_ids == expected
+            assert request.finish_reason is FinishReason.LENGTH
+        assert all(pool.num_used == 0 for pool in self.pools)
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
 
-def make_request(name: str, num_prompt: int, max_tokens: int, **options) -> Request:
-    return Request(
-        request_id=name,
-        prompt_token_ids=list(range(num_prompt)),
-        params=SamplingParams(max_tokens=max_tokens),
-        max_total_tokens=10_000,
-        **options,
-    )
+def blocks_for_longest(arrivals) -> int:
+    return max(-(-(a.num_prompt + a.max_tokens) // BLOCK_SIZE) for a in arrivals)
 
 
-@settings(max_examples=300, deadline=None)
+SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW_TO_DRAW)
 @given(
-    arrivals=st.lists(ARRIVALS, min_size=1, max_size=12),
+    arrivals=ARRIVALS,
     spare_blocks=st.integers(0, 20),
     max_num_seqs=st.integers(1, 8),
     spare_tokens=st.integers(0, 40),
+    mode=st.sampled_from(["auto", "gpu-only", "asymmetric"]),
+    cost_model=COST_MODELS,
 )
-def test_any_load(arrivals, spare_blocks, max_num_seqs, spare_tokens) -> None:
-    arrivals = sorted(arrivals, key=lambda arrival: arrival.step)
-    longest = max(a.num_prompt + a.max_tokens for a in arrivals)
-    pool = BlockPool(-(-longest // BLOCK_SIZE) + spare_blocks, BLOCK_SIZE)
+def test_any_load_on_the_device(
+    arrivals, spare_blocks, max_num_seqs, spare_tokens, mode, cost_model
+) -> None:
+    """Without a host pool; `gpu-only` must not touch the one it is given."""
+    device = BlockPool(blocks_for_longest(arrivals) + spare_blocks, BLOCK_SIZE)
+    host = BlockPool(100, BLOCK_SIZE) if mode == "gpu-only" else None
     limits = SchedulerConfig(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_seqs + spare_tokens
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_seqs + spare_tokens, mode=mode
     )
-    scheduler, executor = Scheduler(limits, pool), FakeExecutor(pool, limits)
-    requests: list[Request] = []
-    # Each request alone needs at most one step a token, and each may be preempted by each other.
-    most_steps = 100 + sum(a.num_prompt + a.max_tokens for a in arrivals) * len(arrivals)
-    step = 0
-    while step <= 20 or any(not r.is_finished for r in requests):
-        assert step < most_steps, "a request starves"
-        for a in arrivals:
-            if a.step == step:
-                requests.append(make_request(str(len(requests)), a.num_prompt, a.max_tokens))
-                scheduler.add(requests[-1])
-        for request, a in zip(requests, arrivals, strict=False):
-            if a.abort_step == step and not request.is_finished:
-                request.finish(FinishReason.ABORT)
-                scheduler.release(request)
-                executor.cached.pop(request.request_id, None)
-                pool.check_integrity()
-        outputs = {r.request_id: list(r.output_token_ids) for r in requests}
-        plan = scheduler.plan_step()
-        pool.check_integrity()
-        assert scheduler.num_running <= max_num_seqs
-        if plan.is_empty:
-            assert all(r.is_finished for r in requests), "work is left, but none is planned"
-        else:
-            running = [r for r in requests if not r.is_finished]
-            assert any(item.request is running[0] for item in plan.scheduled), "the first waits"
-            scheduler.complete_step(plan, executor.execute(plan))
-            pool.check_integrity()
-        for request in requests:  # nothing is lost on preemption
-            before = outputs[request.request_id]
-            assert request.output_token_ids[: len(before)] == before
-            assert len(request.output_token_ids) <= len(before) + 1
-        step += 1
-    for request, a in zip(requests, arrivals, strict=True):
-        if request.finish_reason is FinishReason.ABORT:
-            continue
-        expected = list(range(a.num_prompt, a.num_prompt + a.max_tokens))
-        assert request.output_token_ids == expected
-        assert request.finish_reason is FinishReason.LENGTH
-    assert pool.num_used == 0
-    assert scheduler.num_running == scheduler.num_waiting == 0
+    run = Run(arrivals, limits, device, host, cost_model)
+    check_plan = run.check_plan
+
+    def check(plan: StepPlan, step: int) -> None:
+        check_plan(plan, step)
+        assert plan.mode is StepMode.GPU_ONLY
+        assert not plan.swaps_out
+        assert host is None or host.num_used == 0
+        unfinished = [r for r in run.requests if not r.is_finished]
+        if unfinished:
+            assert any(i.request is unfinished[0] for i in plan.scheduled), "the first waits"
+
+    run.check_plan = check
+    run.serve()
 
 
-def run_to_end(scheduler: Scheduler, executor: FakeExecutor) -> list[StepPlan]:
-    plans = []
-    while list(scheduler.requests()):
-        plan = scheduler.plan_step()
-        scheduler.complete_step(plan, executor.execute(plan))
-        plans.append(plan)
-    return plans
-
-
-def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes() -> None:
-    pool = BlockPool(100, BLOCK_SIZE)
-    limits = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=10)
-    scheduler, executor = Scheduler(limits, pool), FakeExecutor(pool, limits)
-    short, long = make_request("short", 3, 5), make_request("long", 25, 1)
-    scheduler.add(short)
-    scheduler.add(long)
-    plans = run_to_end(scheduler, executor)
-    chunks = [[(i.start, i.num_tokens) for i in p.prefills if i.request is long] for p in plans]
-    assert chunks == [[(0, 7)], [(7, 9)], [(16, 9)], [], []]
-    assert [len(p.decodes) for p in plans] == [0, 1, 1, 1, 1]
-
-
-def test_the_latest_is_preempted_and_comes_back_before_later_ones() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64)
-    scheduler, executor = Scheduler(limits, pool), FakeExecutor(pool, limits)
-    first, second, third = (make_request(name, 4, 6) for name in ("1", "2", "3"))
-    for request in (first, second, third):
-        scheduler.add(request)
-    plans = run_to_end(scheduler, executor)
-    assert first.num_preemptions == 0
-    assert second.num_preemptions + third.num_preemptions > 0
-    assert first.finish_time_s <= second.finish_time_s <= third.finish_time_s
-    assert sum(len(plan.preempted) for plan in plans) == sum(
-        request.num_preemptions for request in (first, second, third)
+@settings(max_examples=500, deadline=None, suppress_health_check=SLOW_TO_DRAW)
+@given(data=st.data(), arrivals=ARRIVALS, cost_model=COST_MODELS)
+def test_any_load_on_device_and_host(data, arrivals, cost_model) -> None:
+    """Either pool may be too small for some requests, but one of them holds the longest."""
+    longest = blocks_for_longest(arrivals)
+    sizes = [data.draw(st.integers(1, longest + 20)), longest + data.draw(st.integers(0, 40))]
+    device_blocks, host_blocks = data.draw(st.permutations(sizes))
+    max_num_seqs = data.draw(st.integers(1, 8))
+    limits = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + data.draw(st.integers(0, 40)),
+        mode=data.draw(st.sampled_from(["auto", "asymmetric"])),
+        tpot_limit_ms=data.draw(st.none() | st.sampled_from([0.01, 0.3, 1.0, 10.0])),
+        min_offload_gain=data.draw(st.sampled_from([1.0, 1.05, 2.0])),
+        policy_interval_steps=data.draw(st.integers(1, 8)),
+        max_skipped_steps=data.draw(st.integers(0, 6)),
+        max_parked_steps=data.draw(st.integers(0, 12)),
+        swap_cooldown_steps=data.draw(st.integers(1, 4)),
+        headroom_blocks=data.draw(st.integers(0, 2)),
     )
-
-
-def test_an_earlier_request_that_does_not_fit_holds_back_later_ones() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64)
-    scheduler = Scheduler(limits, pool)
-    for name, num_prompt in (("running", 8), ("large", 12), ("small", 1)):
-        scheduler.add(make_request(name, num_prompt, 2))
-    plan = scheduler.plan_step()
-    assert [item.request.request_id for item in plan.scheduled] == ["running"]
-    assert scheduler.num_waiting == 2
-
-
-def test_a_request_aborted_while_its_step_ran_gets_no_token() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    scheduler = Scheduler(SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=8), pool)
-    request = make_request("r", 3, 5)
-    scheduler.add(request)
-    plan = scheduler.plan_step()
-    request.finish(FinishReason.ABORT)
-    scheduler.release(request)
-    scheduler.complete_step(plan, [7])
-    assert request.output_token_ids == []
-    assert pool.num_used == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
-        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, r"at least max_num_seqs \(9\), got 8"),
-    ],
-)
-def test_limits_are_checked(options, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        SchedulerConfig(**options)
+    device, host = BlockPool(device_blocks, BLOCK_SIZE), BlockPool(host_blocks, BLOCK_SIZE)
+    failing = data.draw(st.frozensets(st.integers(0, 30), max_size=3))
+    Run(arrivals, limits, device, host, cost_model, failing).serve()

@@ -1,0 +1,41 @@
+"""What the scheduler asks of a cost model: how long each part of a step takes.
+
+The parts are those that the pipeline is made of, so that `predict` can put a whole step together.
+Times are seconds; parts of a layer are those of one layer, all layers being alike.
+"""
+
+from typing import Protocol
+
+
+class CostModel(Protocol):
+    """Predicts the parts of a step for one model on one machine."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+
+    def linear_s(self, num_rows: int) -> float:
+        """Return the time of one layer's work on rows: projections, MLP, norms, rotary, stores."""
+
+    def prefill_attention_s(self, query_len: int, context_len: int) -> float:
+        """Return the time of one layer's prefill attention.
+
+        Args:
+            query_len: Tokens of the chunk.
+            context_len: Tokens in the cache after the chunk, the chunk included.
+        """
+
+    def gpu_attention_s(self, num_seqs: int, total_tokens: int) -> float:
+        """Return the time of one layer's decode attention on the device; 0 without rows."""
+
+    def cpu_attention_s(self, num_rows: int, total_tokens: int) -> float:
+        """Return the time of one layer's decode attention on the host; 0 without rows."""
+
+    def handover_s(self) -> float:
+        """Return what one layer's round trip to the host adds to its attention's time."""
+
+    def swap_s(self, num_tokens: int) -> float:
+        """Return the time to move the K and V of tokens, all layers, in one direction."""
+
+    def fixed_step_s(self, num_sampled: int) -> float:
+        """Return what a step costs beside its layers: embedding, head, sampling, launches."""

@@ -1,0 +1,157 @@
+"""Corrects another cost model by what steps really took.
+
+Offline tables go stale: the machine is shared, clocks fall, lengths differ from those measured.
+Each part has a factor that follows measured over predicted time, slowly and within bounds, so that
+one outlier cannot turn the scheduler's choice round. Factors multiply, so they move by logarithms.
+The host's factors fade while no step uses it: a slow spell must not rule it out for good.
+"""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from engine.cost_model.base import CostModel
+from engine.errors import ConfigError
+from engine.step_plan import StepMeasurement, StepPrediction
+
+_DEVICE_PARTS = ("linear", "gpu_attention", "prefill_attention", "fixed")
+_HOST_PARTS = ("cpu_attention", "handover")
+_PARTS = (*_DEVICE_PARTS, *_HOST_PARTS, "swap")
+
+
+class CorrectedCostModel:
+    """A `CostModel` that learns a factor for each part of another one.
+
+    Args:
+        inner: The model to correct.
+        weight: Weight of the newest step, in (0, 1].
+        max_step_ratio: Most that one step counts for, as measured over predicted or its inverse.
+        max_factor: Most that a factor becomes, or its inverse.
+        fading: What a step without host-resident decodes takes off the host's corrections, in
+            [0, 1).
+
+    Raises:
+        ConfigError: A bound is out of range.
+    """
+
+    def __init__(
+        self,
+        inner: CostModel,
+        *,
+        weight: float = 0.05,
+        max_step_ratio: float = 2.0,
+        max_factor: float = 5.0,
+        fading: float = 0.002,
+    ) -> None:
+        if not 0 <= fading < 1:
+            raise ConfigError(f"fading must be at least 0 and below 1, got {fading}")
+        if not 0 < weight <= 1:
+            raise ConfigError(f"weight must be above 0 and at most 1, got {weight}")
+        for name, value in (("max_step_ratio", max_step_ratio), ("max_factor", max_factor)):
+            if not 1 <= value < math.inf:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        self.inner = inner
+        self._weight = weight
+        self._fading = fading
+        self._max_step_log = math.log(max_step_ratio)
+        self._max_log = math.log(max_factor)
+        self._logs = dict.fromkeys(_PARTS, 0.0)
+        self._factors = dict.fromkeys(_PARTS, 1.0)
+
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """Measured over predicted time of each part, as learnt so far."""
+        return MappingProxyType(self._factors)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.inner.num_layers
+
+    def linear_s(self, num_rows: int) -> float:
+        """Return the corrected time."""
+        return self._factors["linear"] * self.inner.linear_s(num_rows)
+
+    def prefill_attention_s(self, query_len: int, context_len: int) -> float:
+        """Return the corrected time."""
+        factor = self._factors["prefill_attention"]
+        return factor * self.inner.prefill_attention_s(query_len, context_len)
+
+    def gpu_attention_s(self, num_seqs: int, total_tokens: int) -> float:
+        """Return the corrected time."""
+        return self._factors["gpu_attention"] * self.inner.gpu_attention_s(num_seqs, total_tokens)
+
+    def cpu_attention_s(self, num_rows: int, total_tokens: int) -> float:
+        """Return the corrected time."""
+        return self._factors["cpu_attention"] * self.inner.cpu_attention_s(num_rows, total_tokens)
+
+    def handover_s(self) -> float:
+        """Return the corrected time."""
+        return self._factors["handover"] * self.inner.handover_s()
+
+    def swap_s(self, num_tokens: int) -> float:
+        """Return the corrected time."""
+        return self._factors["swap"] * self.inner.swap_s(num_tokens)
+
+    def fixed_step_s(self, num_sampled: int) -> float:
+        """Return the corrected time."""
+        return self._factors["fixed"] * self.inner.fixed_step_s(num_sampled)
+
+    def observe(self, prediction: StepPrediction, measured: StepMeasurement) -> None:
+        """Learn from a step.
+
+        Parts that were measured correct their own factor. Of a step of which only the whole is
+        known, the device's parts learn if no host-resident row decoded; if some did, and the step
+        was longer than predicted or waited for the host, the host's parts learn what the device's
+        prediction leaves over.
+
+        Args:
+            prediction: This model's own, as the plan carried it.
+            measured: What the step took.
+        """
+        predicted = _parts(prediction)
+        known = {name: getattr(measured, f"{name}_s") for name in _PARTS}
+        if all(value is None for value in known.values()):
+            known = _attribute(prediction, measured.step_s)
+        for name, value in known.items():
+            if value is not None and value > 0 and predicted[name] > 0:
+                self._learn(name, value / predicted[name])
+        if predicted["cpu_attention"] == 0:
+            for name in _HOST_PARTS:
+                self._set_log(name, self._logs[name] * (1 - self._fading))
+
+    def _learn(self, name: str, ratio: float) -> None:
+        """Move a factor towards `ratio` times itself."""
+        error = max(-self._max_step_log, min(self._max_step_log, math.log(ratio)))
+        self._set_log(name, self._logs[name] + self._weight * error)
+
+    def _set_log(self, name: str, log: float) -> None:
+        self._logs[name] = max(-self._max_log, min(self._max_log, log))
+        self._factors[name] = math.exp(self._logs[name])
+
+
+def _parts(prediction: StepPrediction) -> dict[str, float]:
+    return {
+        "linear": sum(prediction.linear_s),
+        "gpu_attention": sum(prediction.gpu_attention_s),
+        "prefill_attention": prediction.prefill_attention_s,
+        "fixed": prediction.fixed_s,
+        "cpu_attention": sum(prediction.cpu_attention_s),
+        "handover": prediction.handover_s,
+        "swap": prediction.swap_s,
+    }
+
+
+def _attribute(prediction: StepPrediction, step_s: float) -> dict[str, float | None]:
+    """Share out a step's time, known as a whole only, among the parts that explain it."""
+    parts = _parts(prediction)
+    if prediction.swap_s > 0:
+        return {}  # how much of it the move took is anybody's guess
+    if parts["cpu_attention"] == 0:
+        return {name: parts[name] * step_s / prediction.step_s for name in _DEVICE_PARTS}
+    excess_s = step_s - prediction.step_s
+    if excess_s <= 0 and prediction.exposed_cpu_s == 0:
+        return {}
+    host_s = sum(parts[name] for name in _HOST_PARTS)
+    ratio = max(0.0, host_s + excess_s) / host_s
+    return {name: parts[name] * ratio for name in _HOST_PARTS}

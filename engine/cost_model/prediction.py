@@ -1,0 +1,168 @@
+"""From the parts of a step to the whole: what hides behind what, and what is left exposed.
+
+The pipeline of a step runs, layer by layer, for each sub-batch j in turn:
+
+    wait for the host's answer of j at the layer before; output projection and MLP of j; QKV of j;
+    ring the host for j; device attention of j.
+
+The host serves one ring after the other. `pipeline_s` walks through exactly that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.cost_model.base import CostModel
+from engine.step_plan import StepPrediction, SubBatch
+
+
+@dataclass(slots=True, kw_only=True)
+class SubBatchLoad:
+    """A sub-batch as the cost model sees it: numbers only.
+
+    `prefill_attention_s` is one layer's. `copy_out_tokens` are prompt tokens whose K and V go to
+    the host, `copy_in_tokens` those of earlier chunks that come back for attention.
+    """
+
+    num_prefill_tokens: int = 0
+    prefill_attention_s: float = 0.0
+    num_gdec: int = 0
+    gdec_tokens: int = 0
+    num_cdec: int = 0
+    cdec_tokens: int = 0
+    num_sampled_prefills: int = 0
+    copy_out_tokens: int = 0
+    copy_in_tokens: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that go through the linear layers."""
+        return self.num_prefill_tokens + self.num_gdec + self.num_cdec
+
+    @property
+    def num_decodes(self) -> int:
+        """Rows that decode, on either side."""
+        return self.num_gdec + self.num_cdec
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """One sub-batch in one layer, in seconds; without host rows, `cpu_attention_s` is 0."""
+
+    linear_s: float
+    gpu_attention_s: float
+    cpu_attention_s: float = 0.0
+    handover_s: float = 0.0
+
+
+def load_of(model: CostModel, sub_batch: SubBatch) -> SubBatchLoad:
+    """Return what a sub-batch asks of the machine."""
+    prefills = sub_batch.gprf + sub_batch.cprf
+    return SubBatchLoad(
+        num_prefill_tokens=sum(item.num_tokens for item in prefills),
+        prefill_attention_s=sum(
+            model.prefill_attention_s(item.num_tokens, item.end) for item in prefills
+        ),
+        num_gdec=len(sub_batch.gdec),
+        gdec_tokens=sum(item.end for item in sub_batch.gdec),
+        num_cdec=len(sub_batch.cdec),
+        cdec_tokens=sum(item.end for item in sub_batch.cdec),
+        num_sampled_prefills=sum(item.samples for item in prefills),
+        copy_out_tokens=sum(item.num_tokens for item in sub_batch.cprf),
+        copy_in_tokens=sum(item.start for item in sub_batch.cprf),
+    )
+
+
+def pipeline_s(stages: Sequence[StageTimes], num_layers: int) -> tuple[float, float]:
+    """Walk through the layers of a step.
+
+    Once the host's lead over the device repeats from one layer to the next, so do all later layers
+    (times only enter as differences); the rest is then a multiplication, and still exact.
+
+    Args:
+        stages: The sub-batches, in order.
+        num_layers: Layers of the model.
+
+    Returns:
+        The whole time, and how much of it the device waits for the host, in seconds.
+    """
+    device = host = exposed = 0.0
+    answers = [0.0] * len(stages)
+    leads: list[float] = []
+    layer = 0
+    while layer < num_layers:
+        start, exposed_before = device, exposed
+        for j, stage in enumerate(stages):
+            exposed += max(0.0, answers[j] - device)
+            device = max(device, answers[j]) + stage.linear_s
+            if stage.cpu_attention_s > 0.0:
+                host = max(host, device + stage.handover_s) + stage.cpu_attention_s
+                answers[j] = host
+            device += stage.gpu_attention_s
+        layer += 1
+        before, leads = leads, [max(0.0, time - device) for time in (host, *answers)]
+        if leads == before or _close(leads, before, device - start):
+            left = num_layers - layer
+            shift = left * (device - start)
+            exposed += left * (exposed - exposed_before)
+            device, answers = device + shift, [answer + shift for answer in answers]
+            break
+    end = max(device, *answers)
+    return end, exposed + end - device
+
+
+def _close(leads: list[float], before: list[float], period: float) -> bool:
+    tolerance = 1e-9 * period
+    return len(leads) == len(before) and all(
+        abs(lead - other) <= tolerance for lead, other in zip(leads, before, strict=True)
+    )
+
+
+def predict(
+    model: CostModel,
+    loads: Sequence[SubBatchLoad],
+    *,
+    swap_tokens: int = 0,
+    prefill_weight: float = 0.0,
+) -> StepPrediction:
+    """Predict a step.
+
+    Args:
+        model: Times of the parts.
+        loads: The sub-batches; those without rows cost nothing.
+        swap_tokens: Tokens whose K and V move before the step computes.
+        prefill_weight: Decode tokens that a prefill token is worth.
+    """
+    linear = [model.linear_s(load.num_rows) if load.num_rows else 0.0 for load in loads]
+    gdec = [model.gpu_attention_s(load.num_gdec, load.gdec_tokens) for load in loads]
+    cdec = [model.cpu_attention_s(load.num_cdec, load.cdec_tokens) for load in loads]
+    handovers = [model.handover_s() if load.num_cdec else 0.0 for load in loads]
+    stages = [
+        StageTimes(linear[j], gdec[j] + load.prefill_attention_s, cdec[j], handovers[j])
+        for j, load in enumerate(loads)
+        if load.num_rows
+    ]
+    layers_s, exposed_s = pipeline_s(stages, model.num_layers) if stages else (0.0, 0.0)
+    # Copies of prompts run beside the layers, both directions at once.
+    copies_s = max(
+        model.swap_s(sum(load.copy_out_tokens for load in loads)),
+        model.swap_s(sum(load.copy_in_tokens for load in loads)),
+    )
+    num_decodes = sum(load.num_decodes for load in loads)
+    num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads)
+    swap_s = model.swap_s(swap_tokens)
+    step_s = max(layers_s, copies_s) + swap_s + model.fixed_step_s(num_sampled)
+    value = num_decodes + prefill_weight * sum(load.num_prefill_tokens for load in loads)
+    n = model.num_layers
+    return StepPrediction(
+        step_s=step_s,
+        linear_s=tuple(n * part for part in linear),
+        gpu_attention_s=tuple(n * part for part in gdec),
+        cpu_attention_s=tuple(n * part for part in cdec),
+        prefill_attention_s=n * sum(load.prefill_attention_s for load in loads),
+        swap_s=swap_s,
+        handover_s=n * sum(handovers),
+        exposed_cpu_s=exposed_s,
+        tokens_per_s=value / step_s if step_s > 0 else 0.0,
+        prompt_copy_s=copies_s,
+        fixed_s=model.fixed_step_s(num_sampled),
+    )

@@ -1,0 +1,149 @@
+"""Whether the present load gains from the host, and how many requests should live there.
+
+A step's rate says nothing about a queue: a GPU-only engine is as busy with two requests as with
+two hundred waiting. So the policy compares steady states: as many device-resident requests as fit,
+each decode token accompanied by its share of prompt tokens, with and without H host-resident
+requests beside them. Both sides do the same mixture of work, so decode tokens a second compare
+fairly, and H itself is what the host's bandwidth can hide. Moving to the host happens only above a
+margin, because lengths are guessed and predictions err.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from engine.cost_model import CostModel, SubBatchLoad, predict
+from engine.dealing import dealt_loads, hidden_windows, one_load, prefix_sums
+from engine.request import Request
+from engine.scheduler_config import SchedulerConfig
+
+_NUM_SAMPLED_WAITING = 64
+_MEMORY = 0.05
+"""Weight of the newest finished request in the mean output length."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeanLoad:
+    """What the engine has to do, on average: requests, and tokens of prompt and output of each."""
+
+    num_requests: int
+    prompt_tokens: float
+    output_tokens: float
+
+    @property
+    def resident_tokens(self) -> int:
+        """Tokens in the cache half way through."""
+        return max(1, round(self.prompt_tokens + self.output_tokens / 2))
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadTarget:
+    """Best number of host-resident requests, and throughput with them over that without."""
+
+    num_host: int
+    gain: float
+
+
+class OffloadPolicy:
+    """Follows the load and says whether new requests may go to the host.
+
+    Args:
+        config: Margins, limits and mode.
+        model: Times of the parts.
+        device_tokens: Capacity of the device pool.
+        host_tokens: Capacity of the host pool, 0 without one.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, model: CostModel, device_tokens: int, host_tokens: int
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._device_tokens = device_tokens
+        self._host_tokens = host_tokens
+        self._mean_output: float | None = None
+        self._countdown = 0
+        self.offloads = config.mode == "asymmetric"
+        self.target = OffloadTarget(config.max_num_seqs if self.offloads else 0, 1.0)
+
+    def observe_finished(self, request: Request) -> None:
+        """Learn how long outputs are."""
+        length = float(len(request.output_token_ids))
+        mean = self._mean_output
+        self._mean_output = length if mean is None else mean + _MEMORY * (length - mean)
+
+    def update(self, running: Sequence[Request], waiting: Sequence[Request]) -> None:
+        """Look at the load now and then."""
+        if self._config.mode != "auto" or self._host_tokens == 0:
+            return
+        self._countdown -= 1
+        if self._countdown >= 0:
+            return
+        self._countdown = self._config.policy_interval_steps - 1
+        if not running and not waiting:
+            return
+        self.target = self.best_target(self._mean_load(running, waiting))
+        margin = self._config.min_offload_gain - 1
+        self.offloads = self.target.gain >= 1 + (margin / 2 if self.offloads else margin)
+
+    def _mean_load(self, running: Sequence[Request], waiting: Sequence[Request]) -> MeanLoad:
+        known = [*running, *islice(waiting, _NUM_SAMPLED_WAITING)]
+        output = self._mean_output
+        if output is None:
+            output = _mean(request.max_new_tokens for request in known)
+        prompt = _mean(len(request.prompt_token_ids) for request in known)
+        return MeanLoad(len(running) + len(waiting), prompt, max(1.0, output))
+
+    def best_target(self, load: MeanLoad) -> OffloadTarget:
+        """Return the number of host-resident requests with the highest steady-state throughput."""
+        resident = load.resident_tokens
+        demand = min(load.num_requests, self._config.max_num_seqs)
+        num_device = min(demand, self._device_tokens // resident)
+        most = min(demand - num_device, self._host_tokens // resident)
+        if most < 1:
+            return OffloadTarget(0, 1.0)
+        baseline = self._rate(load, num_device, 0)
+        rate, num_host = max((self._rate(load, num_device, n), n) for n in _ladder(most))
+        if baseline == 0.0:
+            return OffloadTarget(num_host if rate else 1, float("inf"))
+        return OffloadTarget(num_host, rate / baseline)
+
+    def _rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
+        """Return decode tokens a second of the steady state; 0 if it breaks the TPOT limit."""
+        num_decodes = num_device + num_host
+        if num_decodes == 0:
+            return 0.0
+        resident, prompt = load.resident_tokens, max(1, round(load.prompt_tokens))
+        prompts_per_step = num_decodes / load.output_tokens
+        base = SubBatchLoad(
+            num_prefill_tokens=round(prompts_per_step * prompt),
+            prefill_attention_s=prompts_per_step * self._model.prefill_attention_s(prompt, prompt),
+            num_gdec=num_device,
+            gdec_tokens=num_device * resident,
+            num_sampled_prefills=round(prompts_per_step),
+            copy_out_tokens=round(num_host / load.output_tokens * prompt),
+        )
+        prefix = prefix_sums([resident] * num_host)
+        candidates = [one_load(base, prefix, num_host)]
+        if num_host:
+            deal = hidden_windows(self._model, base, prefix).deal(num_host)
+            candidates.append(dealt_loads(base, prefix, deal))
+        step_s = min(predict(self._model, loads).step_s for loads in candidates)
+        # The baseline has no choice: the limit rules out hosts' shares only.
+        if num_host and step_s > self._config.tpot_limit_s:
+            return 0.0
+        return num_decodes / step_s
+
+
+def _mean(values: Iterable[float]) -> float:
+    items = list(values)
+    return sum(items) / len(items)
+
+
+def _ladder(most: int) -> list[int]:
+    """Return 1 to `most` in steps of at most an eighth."""
+    steps, value = [], 1
+    while value < most:
+        steps.append(value)
+        value += max(1, value // 8)
+    return [*steps, most]

@@ -1,0 +1,215 @@
+"""Forms the best step without host-resident rows and the best one with them, and takes the better.
+
+Nothing is reserved here: a draft says what would be computed and admitted; the scheduler commits
+the one that is chosen.
+
+What is compared is `tokens_per_s`. A decode token counts 1. A prompt token counts what it costs:
+its extra time in a step on the device alone, over the time of one decode token there. So prompts
+neither favour nor harm a step merely by being in it, doing more of them in one go is not mistaken
+for speed, and a GPU-only engine has the same rate with and without prompts in its steps. (Counting
+them 1 would let any prefill outbid any decode.) Host-resident rows are worth their decode tokens,
+at the price of the second read of the weights and of whatever wait the pipeline leaves exposed.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from engine.cost_model import CostModel, SubBatchLoad, load_of, predict
+from engine.dealing import (
+    Deal,
+    dealt_loads,
+    hidden_in_one,
+    hidden_windows,
+    one_load,
+    prefix_sums,
+)
+from engine.prompt_admission import take_prompts
+from engine.request import Placement, Request
+from engine.scheduler_config import SchedulerConfig
+from engine.step_plan import ScheduledRequest, StepMode, SubBatch
+from engine.step_view import Choice, Draft, StepView
+
+_LIMIT_PRECISION = 16
+"""Prompt chunks are shrunk to the latency limit to within a 16th of what fits."""
+
+
+class StepFormer:
+    """Forms steps from views.
+
+    Args:
+        config: Limits and mode.
+        model: Times of the parts.
+    """
+
+    def __init__(self, config: SchedulerConfig, model: CostModel) -> None:
+        self._config = config
+        self._model = model
+
+    def form(self, view: StepView) -> Choice:
+        """Return the step to run; its draft is empty if there is nothing to do."""
+        budget = self._config.max_num_batched_tokens - len(view.gdec)
+        host_budget = budget - len(view.cdec)
+        device, _ = self._prompts(view, budget, with_host=False)
+        if not view.uses_host:
+            weight = self._prefill_weight(view, device)
+            draft = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
+            return Choice(draft, None if draft.is_empty else draft, "no host-resident requests")
+        mixed, _ = take_prompts(
+            view, budget - len(view.cdec), self._config.max_num_seqs, with_host=True
+        )
+        weight = self._prefill_weight(view, mixed if mixed.scheduled else device)
+        gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
+        asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
+        return self._choose(view, gpu_only, asymmetric)
+
+    def _choose(self, view: StepView, gpu_only: Draft, asymmetric: Draft | None) -> Choice:
+        baseline = None if gpu_only.is_empty else gpu_only
+        if asymmetric is None:
+            return Choice(gpu_only, baseline, "no host-resident row is ready")
+        if baseline is None:
+            return Choice(asymmetric, None, "nothing to do on the device alone")
+        if self._config.mode == "asymmetric":
+            return Choice(asymmetric, baseline, "mode asymmetric")
+        if _pays(view, asymmetric, baseline):
+            better = "within the TPOT limit" if not baseline.within_limit else "higher rate"
+            return Choice(asymmetric, baseline, better)
+        if view.is_due:
+            return Choice(asymmetric, baseline, "a host-resident request waited", forced=True)
+        worse = "too little gain" if asymmetric.within_limit else "beyond the TPOT limit"
+        return Choice(gpu_only, baseline, f"with host-resident rows: {worse}")
+
+    def _best_asymmetric(
+        self, view: StepView, budget: int, weight: float, baseline: Draft
+    ) -> Draft | None:
+        """Return the best step with host-resident rows.
+
+        Prompts for the host are an investment in later steps: they are part of it if the step is
+        no worse than the device alone, even where decodes alone would have a higher rate. They
+        stay, too, when somebody has waited long enough: it may be one whose prompt is half done.
+        """
+        with_prompts = self._fit(view, lambda b: self._asymmetric(view, b, weight, True), budget)
+        must = view.is_due or self._config.mode == "asymmetric"
+        if must or _pays(view, with_prompts, baseline):
+            return with_prompts if with_prompts.mode is StepMode.ASYMMETRIC else None
+        without = self._fit(view, lambda b: self._asymmetric(view, b, weight, False), budget)
+        drafts = [d for d in (with_prompts, without) if d.mode is StepMode.ASYMMETRIC]
+        return max(drafts, key=lambda draft: draft.merit, default=None)
+
+    def _fit(self, view: StepView, build: Callable[[int], Draft], budget: int) -> Draft:
+        """Shrink prompt chunks until the step keeps the latency limit, if that helps."""
+        draft = build(budget)
+        if draft.within_limit or not any(s.gprf or s.cprf for s in draft.sub_batches):
+            return draft
+        fitting, low, high = build(0), 0, budget
+        if not fitting.within_limit or fitting.is_empty:
+            return fitting if not fitting.is_empty else build(1)
+        while high - low > max(1, low // _LIMIT_PRECISION):
+            middle = (low + high) // 2
+            draft = build(middle)
+            if draft.within_limit:
+                low, fitting = middle, draft
+            else:
+                high = middle
+        return fitting
+
+    def _gpu_only(self, view: StepView, budget: int, weight: float) -> Draft:
+        sub_batch, admitted = self._prompts(view, budget, with_host=False)
+        sub_batch.gdec.extend(_decodes(view.gdec))
+        return self._draft(view, [sub_batch], admitted, [load_of(self._model, sub_batch)], weight)
+
+    def _asymmetric(self, view: StepView, budget: int, weight: float, with_host: bool) -> Draft:
+        """Try one and two sub-batches with more and fewer host-resident rows; keep the best."""
+        base, admitted = self._prompts(view, budget, with_host=with_host)
+        base.gdec.extend(_decodes(view.gdec))
+        load = load_of(self._model, base)
+        prefix = prefix_sums([request.num_tokens for request in view.cdec])
+        windows = hidden_windows(self._model, load, prefix)
+        hidden = hidden_in_one(self._model, load, prefix)
+        best: Draft | None = None
+        marks = {windows.num_second, windows.num_hidden, hidden}
+        for num_rows in self._row_counts(view, base, marks):
+            deal = windows.deal(num_rows)
+            one = one_load(load, prefix, num_rows)
+            options = [(one, None), (dealt_loads(load, prefix, deal), deal)]
+            for loads, dealt in options if num_rows else options[:1]:
+                draft = self._draft(view, [base], admitted, loads, weight)
+                if best is None or draft.merit > best.merit:
+                    best, chosen, rows = draft, dealt, num_rows
+        assert best is not None
+        best.sub_batches = _with_host_rows(base, view.cdec, rows, chosen)
+        return best
+
+    def _row_counts(self, view: StepView, base: SubBatch, marks: Iterable[int]) -> list[int]:
+        """Return how many host-resident rows are worth a try."""
+        most = len(view.cdec)
+        if self._config.mode == "asymmetric":
+            return [most]
+        counts = {0, most, *marks}
+        while most > 1:
+            most //= 2
+            counts.add(most)
+        if view.cdec and (view.is_due or not base.scheduled):
+            counts = {max(1, count) for count in counts}
+        return sorted(counts)
+
+    def _draft(
+        self,
+        view: StepView,
+        sub_batches: list[SubBatch],
+        admitted: list[tuple[Request, Placement]],
+        loads: Sequence[SubBatchLoad],
+        weight: float,
+    ) -> Draft:
+        prediction = predict(
+            self._model, loads, swap_tokens=view.swap_tokens, prefill_weight=weight
+        )
+        waits = bool(view.gdec or view.cdec)
+        return Draft(
+            sub_batches=sub_batches,
+            admitted=admitted,
+            prediction=prediction,
+            within_limit=not waits or prediction.step_s <= self._config.tpot_limit_s,
+        )
+
+    def _prompts(
+        self, view: StepView, budget: int, *, with_host: bool
+    ) -> tuple[SubBatch, list[tuple[Request, Placement]]]:
+        return take_prompts(view, budget, self._config.max_num_seqs, with_host=with_host)
+
+    def _prefill_weight(self, view: StepView, prefills: SubBatch) -> float:
+        """Return what a prompt token costs on the device alone, in decode tokens."""
+        if not prefills.scheduled:
+            return 0.0
+        decodes = SubBatch(gdec=_decodes(view.gdec))
+        load = load_of(self._model, decodes)
+        decode_s = predict(self._model, [load]).step_s
+        with_prefills = load_of(self._model, prefills)
+        with_prefills.num_gdec, with_prefills.gdec_tokens = load.num_gdec, load.gdec_tokens
+        with_prefills.copy_out_tokens = with_prefills.copy_in_tokens = 0
+        extra_s = predict(self._model, [with_prefills]).step_s - decode_s
+        if not view.gdec:
+            decode_s = predict(self._model, [SubBatchLoad(num_gdec=1, gdec_tokens=1)]).step_s
+        per_decode_s = decode_s / max(1, len(view.gdec))
+        return max(0.0, extra_s) / per_decode_s / with_prefills.num_prefill_tokens
+
+
+def _pays(view: StepView, asymmetric: Draft, gpu_only: Draft) -> bool:
+    within_limit, rate = gpu_only.merit
+    return asymmetric.merit >= (within_limit, rate * view.least_gain)
+
+
+def _decodes(requests: Sequence[Request]) -> list[ScheduledRequest]:
+    return [ScheduledRequest(request, request.num_computed_tokens, 1) for request in requests]
+
+
+def _with_host_rows(
+    base: SubBatch, cdec: Sequence[Request], num_rows: int, deal: Deal | None
+) -> list[SubBatch]:
+    rows = _decodes(cdec[:num_rows])
+    if deal is None:
+        base.cdec.extend(rows)
+        return [base]
+    base.cdec.extend(rows[deal.first.start : deal.first.stop])
+    second = SubBatch()
+    for part in deal.second:
+        second.cdec.extend(rows[part.start : part.stop])
+    return [sub_batch for sub_batch in (base, second) if sub_batch.scheduled]

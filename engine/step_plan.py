@@ -1,0 +1,161 @@
+"""What one step computes and moves: the scheduler's answer, the runner's order.
+
+Plain data. Four kinds of row (the NEO paper, arXiv 2411.01142): `gprf` and `gdec` keep their KV on
+the device, `cprf` and `cdec` on the host; prf is prefill, dec is decode.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.request import Request
+
+
+class StepMode(enum.Enum):
+    """How a step runs."""
+
+    GPU_ONLY = "gpu_only"
+    """One batch, no host-resident rows."""
+    ASYMMETRIC = "asymmetric"
+    """Up to two sub-batches; each one's CPU attention runs behind the other's GPU work."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """A request's share of a step: tokens `start` to `start + num_tokens` go through the model."""
+
+    request: Request
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """Tokens in the KV cache after the step."""
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step ends with a new token for this request (not so for inner chunks)."""
+        return self.end == self.request.num_tokens
+
+
+@dataclass(slots=True)
+class SubBatch:
+    """The rows that go through a layer together."""
+
+    gdec: list[ScheduledRequest] = field(default_factory=list)
+    gprf: list[ScheduledRequest] = field(default_factory=list)
+    cprf: list[ScheduledRequest] = field(default_factory=list)
+    cdec: list[ScheduledRequest] = field(default_factory=list)
+
+    @property
+    def scheduled(self) -> list[ScheduledRequest]:
+        """All shares in batch order: gdec, gprf, cprf, cdec."""
+        return self.gdec + self.gprf + self.cprf + self.cdec
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Blocks of one request that move before the step computes.
+
+    `device_blocks[i]` and `host_blocks[i]` hold the same tokens. The accounting has changed already
+    when the plan is made; a step moves blocks in one direction only.
+    """
+
+    request: Request
+    device_blocks: tuple[int, ...]
+    host_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPrediction:
+    """Predicted times of a step in seconds; a layer's parts are summed over all layers.
+
+    `step_s` is the whole step; `linear_s`, `gpu_attention_s` and `cpu_attention_s` have one entry a
+    sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides, `prompt_copy_s` the
+    copying of `cprf` rows' K and V, which runs beside the layers, and `fixed_s` what a step costs
+    beside its layers. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill
+    tokens counted at what they cost (see `engine.step_former`).
+    """
+
+    step_s: float
+    linear_s: tuple[float, ...]
+    gpu_attention_s: tuple[float, ...]
+    cpu_attention_s: tuple[float, ...]
+    prefill_attention_s: float
+    swap_s: float
+    handover_s: float
+    exposed_cpu_s: float
+    tokens_per_s: float
+    prompt_copy_s: float = 0.0
+    fixed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMeasurement:
+    """Measured times of a step in seconds, all sub-batches and layers together; None: unknown.
+
+    `fixed_s` is what a step costs beside its layers and swaps.
+    """
+
+    step_s: float
+    linear_s: float | None = None
+    gpu_attention_s: float | None = None
+    prefill_attention_s: float | None = None
+    cpu_attention_s: float | None = None
+    handover_s: float | None = None
+    swap_s: float | None = None
+    fixed_s: float | None = None
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step computes and moves."""
+
+    mode: StepMode = StepMode.GPU_ONLY
+    sub_batches: list[SubBatch] = field(default_factory=lambda: [SubBatch()])
+    swaps_out: list[Swap] = field(default_factory=list)
+    swaps_in: list[Swap] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    """Who lost its blocks. If that left nobody running, it may start again in this very step."""
+    prediction: StepPrediction | None = None
+    gpu_only_prediction: StepPrediction | None = None
+    """What the best step without host-resident rows would have been; None where there is none."""
+    reason: str = ""
+    """Why this mode, in a few words, for logs."""
+    forced: bool = False
+    """Whether a host-resident request that had waited long enough made the choice, not the rate."""
+
+    @property
+    def scheduled(self) -> list[ScheduledRequest]:
+        """All shares, sub-batch by sub-batch, in batch order."""
+        return [item for sub_batch in self.sub_batches for item in sub_batch.scheduled]
+
+    @property
+    def sampling(self) -> list[ScheduledRequest]:
+        """The shares that end with a new token, in batch order."""
+        return [item for item in self.scheduled if item.samples]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return sum(sub_batch.num_tokens for sub_batch in self.sub_batches)
+
+    @property
+    def num_decodes(self) -> int:
+        """Rows that decode, on either side."""
+        return sum(len(s.gdec) + len(s.cdec) for s in self.sub_batches)
+
+    @property
+    def has_prefills(self) -> bool:
+        """Whether any prompt tokens are computed."""
+        return any(s.gprf or s.cprf for s in self.sub_batches)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.num_tokens == 0

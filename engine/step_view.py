@@ -1,0 +1,82 @@
+"""What a step can be made of, and what it could become: the data between view and choice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.request import Placement, Request
+from engine.step_plan import StepMode, StepPrediction, SubBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepView:
+    """What a step can be made of; blocks of decodes are reserved already.
+
+    Args:
+        gdec: Device-resident requests that decode; all of them do.
+        cdec: Host-resident ones that could, by their right to.
+        prefilling: Requests on either side whose prompt is not finished, in order of arrival.
+        waiting: Requests without blocks, in order of arrival.
+        num_running: Requests with blocks.
+        device_free: Blocks new requests may take on the device.
+        device_total: Blocks of the device pool.
+        host_free: The same on the host, without the headroom of those there.
+        host_room: Requests that may still go to the host by choice.
+        block_size: Tokens of a block.
+        can_admit: New requests may start.
+        swap_tokens: Tokens that move before the step, whatever is chosen.
+        uses_host: The host may take part.
+        least_gain: Rate with host-resident rows over that without from which they are computed.
+        is_due: A host-resident request has waited as long as it may.
+    """
+
+    gdec: Sequence[Request]
+    cdec: Sequence[Request]
+    prefilling: Sequence[Request]
+    waiting: Sequence[Request]
+    num_running: int
+    device_free: int
+    device_total: int
+    host_free: int
+    host_room: int
+    block_size: int
+    can_admit: bool
+    swap_tokens: int
+    uses_host: bool
+    least_gain: float
+    is_due: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Draft:
+    """A step that could be: rows, requests it starts and where, and what it is worth."""
+
+    sub_batches: list[SubBatch]
+    admitted: list[tuple[Request, Placement]] = field(default_factory=list)
+    prediction: StepPrediction
+    within_limit: bool = True
+
+    @property
+    def mode(self) -> StepMode:
+        """Asymmetric as soon as one row is host-resident."""
+        has_host_rows = any(s.cdec or s.cprf for s in self.sub_batches)
+        return StepMode.ASYMMETRIC if has_host_rows else StepMode.GPU_ONLY
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is computed."""
+        return not any(s.scheduled for s in self.sub_batches)
+
+    @property
+    def merit(self) -> tuple[bool, float]:
+        """What drafts are compared by: the limit first, then the rate."""
+        return self.within_limit, self.prediction.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The chosen draft, why, and what it was compared with."""
+
+    draft: Draft
+    gpu_only: Draft | None
+    reason: str
+    forced: bool = False

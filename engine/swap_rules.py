@@ -1,0 +1,77 @@
+"""When a request moves between the pools, and how long one on the host may be left out.
+
+Requests are on the host for one of three reasons: offloading pays; they can never fit the device;
+or they are parked: the device ran out of blocks, and moving was cheaper than computing again.
+"""
+
+from engine.cost_model import CostModel
+from engine.offload_policy import OffloadPolicy
+from engine.request import Request
+from engine.residency import Residency
+from engine.scheduler_config import SchedulerConfig
+
+
+class SwapRules:
+    """Decides; changes nothing.
+
+    Args:
+        config: Headroom, cool-down and patience.
+        model: Times of the parts.
+        residency: The pools.
+        policy: Whether offloading pays.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        model: CostModel,
+        residency: Residency,
+        policy: OffloadPolicy,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._residency = residency
+        self._policy = policy
+
+    def should_swap_out(self, victim: Request) -> bool:
+        """Return whether the host has room, and moving costs less than computing again."""
+        num_tokens = victim.num_computed_tokens
+        if num_tokens == 0 or not self._residency.host_can_take(victim):
+            return False
+        if self._policy.offloads or not self.fits_device(victim, headroom=0):
+            return True
+        layer_s = self._model.linear_s(num_tokens)
+        layer_s += self._model.prefill_attention_s(num_tokens, num_tokens)
+        return 2 * self._model.swap_s(num_tokens) < layer_s * self._model.num_layers
+
+    def may_swap_in(self, request: Request, num_on_device: int, step: int) -> bool:
+        """Return whether the device comfortably holds a host-resident request now."""
+        device, last = self._residency.device, request.last_swap_step
+        headroom = self._config.headroom_blocks * (num_on_device + 1)
+        has_room = device.blocks_for(request.num_tokens) + headroom <= device.num_free
+        has_cooled_down = last is None or step - last > self._config.swap_cooldown_steps
+        return has_room and has_cooled_down and request.num_computed_tokens > 0
+
+    def fits_device(self, request: Request, headroom: int | None = None) -> bool:
+        """Return whether the device could ever hold a request, with room to grow."""
+        device = self._residency.device
+        extra = self._config.headroom_blocks if headroom is None else headroom
+        return device.blocks_for(request.num_tokens) + extra <= device.num_blocks
+
+    def is_parked(self, request: Request) -> bool:
+        """Return whether a host-resident request only waits there for the device."""
+        return not self._policy.offloads and self.fits_device(request)
+
+    def may_decode_on_host(self, request: Request, num_on_device: int) -> bool:
+        """Return whether a step may compute a host-resident row.
+
+        Not one that is parked: where offloading does not pay in the long run, a step that would
+        gain by it now only keeps the device's blocks taken for longer.
+        """
+        return num_on_device == 0 or not self.is_parked(request) or self.patience(request) <= 0
+
+    def patience(self, request: Request) -> int:
+        """Return how many more steps may leave a host-resident request out."""
+        config, parked = self._config, self.is_parked(request)
+        limit = config.max_parked_steps if parked else config.max_skipped_steps
+        return limit - request.num_skipped_steps

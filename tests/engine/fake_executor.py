@@ -1,0 +1,123 @@
+"""Stands for the model, the two memories and the clock: what is in which block, and what if not."""
+
+from engine.cost_model import CostModel, load_of, predict
+from engine.kv_blocks import BlockPool
+from engine.request import Placement, RequestState
+from engine.scheduler import Scheduler, SchedulerConfig
+from engine.step_plan import StepMode, StepPlan, Swap
+
+Block = tuple[Placement, int]
+Content = tuple[str, int, int]
+"""Whose tokens, the how-manieth block of them, how many tokens."""
+
+
+class FakeExecutor:
+    """Checks a plan against both memories and computes it.
+
+    The token sampled at position `p` is `p`, and it must not matter how often it is computed.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerConfig,
+        device: BlockPool,
+        host: BlockPool | None,
+        cost_model: CostModel,
+    ) -> None:
+        self.limits = limits
+        self.pools = {Placement.DEVICE: device, Placement.HOST: host}
+        self.cost_model = cost_model
+        self.time_s = 0.0
+        self.memory: dict[Block, Content] = {}
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        self.check_rows(plan)
+        self.check_prediction(plan)
+        assert not (plan.swaps_out and plan.swaps_in)
+        scheduled = {item.request for item in plan.scheduled}
+        for request in plan.preempted:
+            assert (request.state is RequestState.RUNNING) == (request in scheduled)
+            assert request.num_computed_tokens == 0
+        for swap in plan.swaps_out:
+            self.move(swap, Placement.DEVICE, Placement.HOST)
+        for swap in plan.swaps_in:
+            self.move(swap, Placement.HOST, Placement.DEVICE)
+        for sub_batch in plan.sub_batches:
+            for item in sub_batch.scheduled:
+                self.compute(item)
+        assert plan.prediction is not None
+        self.time_s += plan.prediction.step_s
+        return [item.end for item in plan.sampling]
+
+    def check_rows(self, plan: StepPlan) -> None:
+        scheduled = plan.scheduled
+        requests = {item.request for item in scheduled}
+        assert len(requests) == len(scheduled) <= self.limits.max_num_seqs
+        restarted = set(plan.preempted) & requests
+        assert not restarted or all(item.start == 0 for item in scheduled)
+        assert 0 < plan.num_tokens <= self.limits.max_num_batched_tokens
+        for sub_batch in plan.sub_batches:
+            assert sub_batch.scheduled
+            assert all(item.num_tokens == 1 for item in sub_batch.gdec + sub_batch.cdec)
+            for item in sub_batch.gdec + sub_batch.gprf:
+                assert item.request.placement is Placement.DEVICE
+            for item in sub_batch.cdec + sub_batch.cprf:
+                assert item.request.placement is Placement.HOST
+        host_rows = any(s.cdec or s.cprf for s in plan.sub_batches)
+        assert (plan.mode is StepMode.ASYMMETRIC) == host_rows
+        assert len(plan.sub_batches) <= (2 if host_rows else 1)
+        assert not any(s.gdec or s.gprf or s.cprf for s in plan.sub_batches[1:])
+
+    def check_prediction(self, plan: StepPlan) -> None:
+        """What the scheduler predicted is what the plan's rows cost, and it chose the better."""
+        assert plan.prediction is not None
+        moved = sum(s.request.num_computed_tokens for s in plan.swaps_out + plan.swaps_in)
+        loads = [load_of(self.cost_model, sub_batch) for sub_batch in plan.sub_batches]
+        again = predict(self.cost_model, loads, swap_tokens=moved)
+        assert abs(again.step_s - plan.prediction.step_s) <= 1e-9 * again.step_s
+        baseline, limit_s = plan.gpu_only_prediction, self.limits.tpot_limit_s
+        if baseline is None or self.limits.mode == "asymmetric" or plan.forced:
+            return
+        if plan.prediction.step_s > limit_s and plan.num_decodes:
+            assert baseline.step_s > limit_s
+        if baseline.step_s <= limit_s:
+            assert plan.prediction.tokens_per_s >= baseline.tokens_per_s * (1 - 1e-9)
+
+    def move(self, swap: Swap, source: Placement, target: Placement) -> None:
+        blocks = {Placement.DEVICE: swap.device_blocks, Placement.HOST: swap.host_blocks}
+        request = swap.request
+        assert request.placement is target
+        assert request.state is RequestState.RUNNING
+        pool = self.pools[target]
+        assert pool is not None
+        num_blocks = pool.blocks_for(request.num_computed_tokens)
+        assert num_blocks == len(swap.device_blocks) == len(swap.host_blocks) > 0
+        assert tuple(pool.block_table(request.request_id)[:num_blocks]) == blocks[target]
+        for old, new in zip(blocks[source], blocks[target], strict=True):
+            self.memory[target, new] = self.memory.pop((source, old))
+
+    def compute(self, item) -> None:
+        """Every earlier token must be in its place; the new ones follow without a gap."""
+        request, placement = item.request, item.request.placement
+        pool = self.pools[placement]
+        table = pool.block_table(request.request_id)
+        size = pool.block_size
+        assert item.start == request.num_computed_tokens
+        assert item.num_tokens >= 1
+        assert item.end <= request.num_tokens
+        assert len(table) * size >= item.end
+        for index in range(pool.blocks_for(item.start)):
+            filled = min(size, item.start - index * size)
+            assert self.memory[placement, table[index]] == (request.request_id, index, filled)
+        for index in range(item.start // size, pool.blocks_for(item.end)):
+            filled = min(size, item.end - index * size)
+            self.memory[placement, table[index]] = (request.request_id, index, filled)
+
+
+def run_to_end(scheduler: Scheduler, executor: FakeExecutor) -> list[StepPlan]:
+    plans = []
+    while list(scheduler.requests()):
+        plan = scheduler.plan_step()
+        scheduler.complete_step(plan, executor.execute(plan))
+        plans.append(plan)
+    return plans

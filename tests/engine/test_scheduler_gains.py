@@ -1,0 +1,116 @@
+"""What offloading is worth, by simulated runs on three machines; and that it never costs anything.
+
+Bounds are loose: they say that the scheduler sees where offloading pays, not how much exactly.
+"""
+
+import random
+
+import pytest
+
+from engine.step_plan import StepMode
+from tests.engine.step_simulation import H200, LLAMA2_7B, LLAMA3_8B, T4, Result, a10g, simulate
+
+
+def summarize_like(num_requests: int) -> list[tuple[int, int]]:
+    """Prompts of 372 ± 104 tokens, outputs of 45 ± 9."""
+    rng = random.Random(0)
+    return [
+        (min(589, max(29, round(rng.gauss(372, 104)))), max(15, round(rng.gauss(45, 9))))
+        for _ in range(num_requests)
+    ]
+
+
+def uniform(num_requests: int, num_prompt: int, num_output: int) -> list[tuple[int, int]]:
+    rng = random.Random(0)
+    return [
+        (
+            rng.randint(round(0.9 * num_prompt), round(1.1 * num_prompt)),
+            rng.randint(round(0.9 * num_output), round(1.1 * num_output)),
+        )
+        for _ in range(num_requests)
+    ]
+
+
+def gain(*args, **options) -> tuple[float, Result]:
+    """Throughput of mode auto over that of mode gpu-only."""
+    auto = simulate(*args, mode="auto", **options)
+    gpu_only = simulate(*args, mode="gpu-only", **options)
+    assert auto.num_finished == gpu_only.num_finished == len(args[2])
+    return auto.requests_per_s / gpu_only.requests_per_s, auto
+
+
+def test_a_t4_with_54_device_blocks_gains_several_times() -> None:
+    """50 GB of host KV for Llama-2-7B: 100,000 tokens."""
+    ratio, auto = gain(T4, LLAMA2_7B, summarize_like(300), device_tokens=864, host_tokens=100_000)
+    assert ratio > 6.0
+    assert auto.modes[StepMode.ASYMMETRIC] > auto.modes[StepMode.GPU_ONLY]
+
+
+def test_an_h200_with_26400_device_tokens_stays_gpu_only() -> None:
+    ratio, auto = gain(
+        H200, LLAMA3_8B, uniform(150, 1000, 100), device_tokens=26_400, host_tokens=800_000
+    )
+    assert auto.modes[StepMode.ASYMMETRIC] == 0
+    assert ratio >= 0.99
+
+
+@pytest.mark.parametrize(("num_output", "least"), [(50, 1.08), (200, 1.3)])
+def test_an_a10g_with_many_cores_gains_in_between(num_output, least) -> None:
+    ratio, auto = gain(
+        a10g(150e9),
+        LLAMA3_8B,
+        uniform(150, 1000, num_output),
+        device_tokens=26_400,
+        host_tokens=800_000,
+    )
+    assert least < ratio < 2.0
+    assert auto.modes[StepMode.ASYMMETRIC] > 0
+
+
+@pytest.mark.parametrize("cpu_bandwidth_bytes_s", [5e9, 20e9, 45e9])
+@pytest.mark.parametrize(("num_prompt", "num_output"), [(100, 300), (1000, 50)])
+def test_a_slow_host_costs_nothing(cpu_bandwidth_bytes_s, num_prompt, num_output) -> None:
+    ratio, _ = gain(
+        a10g(cpu_bandwidth_bytes_s),
+        LLAMA3_8B,
+        uniform(60, num_prompt, num_output),
+        device_tokens=5_000,
+        host_tokens=200_000,
+    )
+    assert ratio >= 0.98
+
+
+def test_few_requests_that_fit_the_device_stay_there() -> None:
+    ratio, auto = gain(T4, LLAMA2_7B, uniform(8, 300, 50), device_tokens=8_000, host_tokens=100_000)
+    assert ratio == pytest.approx(1.0)
+    assert auto.modes[StepMode.ASYMMETRIC] == auto.num_swaps == 0
+
+
+def test_a_request_far_larger_than_the_device_runs_beside_others() -> None:
+    auto = simulate(
+        H200,
+        LLAMA3_8B,
+        [(40_000, 20), *uniform(20, 500, 50)],
+        device_tokens=8_000,
+        host_tokens=100_000,
+        mode="auto",
+    )
+    assert auto.num_finished == 21
+    assert auto.modes[StepMode.ASYMMETRIC] > 0
+
+
+def test_a_latency_limit_is_kept_where_it_can_be() -> None:
+    """A T4 decodes in 60 ms at best; prompts of 372 tokens would add 120."""
+    auto = simulate(
+        T4,
+        LLAMA2_7B,
+        summarize_like(60),
+        device_tokens=864,
+        host_tokens=100_000,
+        keep_plans=True,
+        mode="auto",
+        tpot_limit_ms=150.0,
+    )
+    slow = [plan for plan in auto.plans if plan.prediction.step_s > 0.150]
+    assert all(plan.num_decodes == 0 or plan.forced for plan in slow)
+    assert auto.modes[StepMode.ASYMMETRIC] > 0
