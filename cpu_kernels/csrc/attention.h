@@ -72,8 +72,9 @@ class DecodeAttention {
 
     int heads_per_task(const DecodeBatch &batch) const;
     void cut(const DecodeBatch &batch);
+    void cut_segment(const DecodeBatch &batch, int seq, int segment, int64_t &left, int heads);
     void attend(const DecodeBatch &batch, const Task &task);
-    void merge(const DecodeBatch &batch, const Task &task, int num_segments);
+    void merge(const DecodeBatch &batch, int seq, int head, int num_segments);
     float *partial(const DecodeBatch &batch, int seq, int segment, int head);
 
     ThreadPool &pool_;
