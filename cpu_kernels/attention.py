@@ -18,9 +18,10 @@ from cpu_kernels.checks import (
 from cpu_kernels.native import NativePool
 from cpu_kernels.topology import attention_cpus, available_cpus, default_num_threads
 
-# How long idle threads poll before they sleep. Sleeping and waking costs some 10 to 50 µs a call,
-# polling takes a core from torch: so threads poll only if the engine has a core of its own.
-DEFAULT_SPIN_US = 50
+# How long idle threads poll before they sleep: longer than the time between two layers of a step,
+# because waking 14 sleeping threads costs a fifth of a call of 2 ms (16-core virtual machine).
+# Polling takes a core from torch, so threads poll only if the engine has a core of its own.
+DEFAULT_SPIN_US = 2000
 
 
 class CpuAttention:
@@ -35,7 +36,7 @@ class CpuAttention:
         num_threads: How many threads work on a call, the caller among them; default: all physical
             cores but one, at least 1.
         pin: Bind each thread but the caller's to a core.
-        spin_us: How long idle threads poll before they sleep, µs; default: 50 where a core is left
+        spin_us: How long idle threads poll before they sleep, µs; default: 2,000 where a core is left
             for the engine, else 0.
 
     Raises:

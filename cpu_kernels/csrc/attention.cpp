@@ -15,6 +15,8 @@ namespace {
 
 constexpr float log2_e = 1.44269504088896340736f;
 constexpr int tasks_per_thread = 8;
+// So many tasks a thread, the last of all, are cut into single KV heads.
+constexpr int tail_tasks_per_thread = 1;
 
 int num_segments(int seq_len) {
     return (seq_len + NEO_SEGMENT_TOKENS - 1) / NEO_SEGMENT_TOKENS;
@@ -106,11 +108,11 @@ int DecodeAttention::choose_heads(const DecodeBatch &batch) const {
     return heads;
 }
 
-// List the tasks, whole segments before the shorter last ones: small tasks last even out the end.
+// List the tasks, whole segments before the shorter last ones.
 void DecodeAttention::prepare(const DecodeBatch &batch) {
     check(batch);
     const int num_kv_heads = batch.layer.num_kv_heads;
-    const int heads = heads_per_task_ = choose_heads(batch);
+    const int heads = choose_heads(batch);
     const size_t num_counters = size_t(batch.num_seqs) * num_kv_heads;
     if (num_counters > unfinished_size_) {
         unfinished_ = std::make_unique<std::atomic<int>[]>(num_counters);
@@ -118,19 +120,19 @@ void DecodeAttention::prepare(const DecodeBatch &batch) {
     }
     tasks_.clear();
     first_partial_.assign(batch.num_seqs, 0);
-    int64_t num_partials = 0;
+    int64_t num_partials = 0, left = 0;
     for (int seq = 0; seq < batch.num_seqs; seq++) {
         const int segments = num_segments(batch.seq_lens[seq]);
         first_partial_[seq] = num_partials;
         num_partials += segments > 1 ? int64_t(segments) * num_kv_heads : 0;
-        for (int segment = 0; segment + 1 < segments; segment++)
-            for (int head = 0; head < num_kv_heads; head += heads)
-                tasks_.push_back({seq, head, std::min(heads, num_kv_heads - head), segment});
+        left += int64_t(segments) * num_kv_heads;
     }
     for (int seq = 0; seq < batch.num_seqs; seq++)
-        for (int head = 0; batch.seq_lens[seq] > 0 && head < num_kv_heads; head += heads)
-            tasks_.push_back({seq, head, std::min(heads, num_kv_heads - head),
-                              num_segments(batch.seq_lens[seq]) - 1});
+        for (int segment = 0; segment + 1 < num_segments(batch.seq_lens[seq]); segment++)
+            cut_segment(batch, seq, segment, left, heads);
+    for (int seq = 0; seq < batch.num_seqs; seq++)
+        if (batch.seq_lens[seq] > 0)
+            cut_segment(batch, seq, num_segments(batch.seq_lens[seq]) - 1, left, heads);
     const size_t floats = size_t(num_partials * partial_size(batch));
     if (floats > partials_.size())
         partials_.resize(floats);
@@ -145,10 +147,22 @@ void DecodeAttention::start(const DecodeBatch &batch) {
         const int segments = num_segments(batch.seq_lens[seq]);
         if (segments == 0)
             std::memset(at(batch.out, batch, seq, 0), 0, row_bytes);
-        for (int head = 0; head < num_kv_heads; head += heads_per_task_)
+        for (int head = 0; head < num_kv_heads; head++)
             unfinished_[size_t(seq) * num_kv_heads + head].store(segments,
                                                                  std::memory_order_relaxed);
     }
+}
+
+// Cut one segment into tasks of `heads` KV heads, or of one when little is left: threads then
+// finish within a small task of each other. left: KV heads of segments not yet cut.
+void DecodeAttention::cut_segment(const DecodeBatch &batch, int seq, int segment, int64_t &left,
+                                  int heads) {
+    const int num_kv_heads = batch.layer.num_kv_heads;
+    if (left <= int64_t(tail_tasks_per_thread) * pool_.size() * heads)
+        heads = 1;
+    for (int head = 0; head < num_kv_heads; head += heads)
+        tasks_.push_back({seq, head, std::min(heads, num_kv_heads - head), segment});
+    left -= num_kv_heads;
 }
 
 float *DecodeAttention::partial(const DecodeBatch &batch, int seq, int segment, int head) {
@@ -200,25 +214,25 @@ void DecodeAttention::attend(const DecodeBatch &batch, const Task &task) {
         }
         return;
     }
-    std::atomic<int> &left = unfinished_[size_t(task.seq) * layer.num_kv_heads + task.first_head];
-    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1)
-        merge(batch, task, segments);
+    for (int head = task.first_head; head < task.first_head + task.num_heads; head++) {
+        std::atomic<int> &left = unfinished_[size_t(task.seq) * layer.num_kv_heads + head];
+        if (left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+            merge(batch, task.seq, head, segments);
+    }
 }
 
-// Whoever finishes a request's last segment merges all of them, always in the same order.
-void DecodeAttention::merge(const DecodeBatch &batch, const Task &task, int segments) {
+// Whoever finishes a KV head's last segment merges all of them, always in the same order.
+void DecodeAttention::merge(const DecodeBatch &batch, int seq, int head, int segments) {
     const int head_dim = batch.layer.head_dim;
     const int group = batch.num_q_heads / batch.layer.num_kv_heads;
     const int64_t stride = partial_size(batch) * batch.layer.num_kv_heads;
     alignas(64) float row[NEO_MAX_HEAD_DIM];
-    for (int head = task.first_head; head < task.first_head + task.num_heads; head++) {
-        const float *acc = partial(batch, task.seq, 0, head);
-        const float *max_score = acc + group * head_dim;
-        for (int g = 0; g < group; g++) {
-            ispc::merge_segments(row, acc + g * head_dim, max_score + g, max_score + group + g,
-                                 segments, stride, head_dim);
-            narrow(at(batch.out, batch, task.seq, head * group + g), batch.element, row, head_dim);
-        }
+    const float *acc = partial(batch, seq, 0, head);
+    const float *max_score = acc + group * head_dim;
+    for (int g = 0; g < group; g++) {
+        ispc::merge_segments(row, acc + g * head_dim, max_score + g, max_score + group + g,
+                             segments, stride, head_dim);
+        narrow(at(batch.out, batch, seq, head * group + g), batch.element, row, head_dim);
     }
 }
 

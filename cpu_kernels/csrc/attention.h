@@ -78,13 +78,13 @@ class DecodeAttention {
 
     int choose_heads(const DecodeBatch &batch) const;
     void start(const DecodeBatch &batch);
+    void cut_segment(const DecodeBatch &batch, int seq, int segment, int64_t &left, int heads);
     void attend(const DecodeBatch &batch, const Task &task);
-    void merge(const DecodeBatch &batch, const Task &task, int num_segments);
+    void merge(const DecodeBatch &batch, int seq, int head, int num_segments);
     float *partial(const DecodeBatch &batch, int seq, int segment, int head);
 
     ThreadPool &pool_;
     std::vector<Task> tasks_;
-    int heads_per_task_ = 1;
     std::vector<int64_t> first_partial_;             // of each request, in segments times KV heads
     std::vector<float> partials_;                    // acc, max, sum of each unmerged segment
     std::unique_ptr<std::atomic<int>[]> unfinished_; // segments left, by request and KV head

@@ -115,35 +115,42 @@ static inline void softmax_tile(const uniform bool PAIRED, uniform Head &head,
     }
 }
 
-// Put acc, kept as 8 even and 8 odd elements, in order.
+// Put acc, kept as even and odd elements wherever two lane vectors were read, in order.
 static inline void unpair_heads(uniform Segment &seg) {
     uniform Head head;
     for (uniform int h = 0; h < seg.num_heads; h++) {
         select_head(seg, h, head);
-        for (uniform int d = 0; d < seg.group * seg.head_dim; d += 2 * programCount) {
-            const float even = head.acc[d + programIndex];
-            const float odd = head.acc[d + programCount + programIndex];
-            const int lane = (programIndex >> 1) + (programIndex & 1) * programCount;
-            head.acc[d + programIndex] = shuffle(even, odd, lane);
-            head.acc[d + programCount + programIndex] =
-                shuffle(even, odd, lane + programCount / 2);
+        for (uniform int g = 0; g < seg.group; g++) {
+            uniform float *uniform acc = head.acc + g * seg.head_dim;
+            for (uniform int d = 0; d + 2 * programCount <= seg.head_dim; d += 2 * programCount) {
+                const float even = acc[d + programIndex];
+                const float odd = acc[d + programCount + programIndex];
+                const int lane = (programIndex >> 1) + (programIndex & 1) * programCount;
+                acc[d + programIndex] = shuffle(even, odd, lane);
+                acc[d + programCount + programIndex] = shuffle(even, odd, lane + programCount / 2);
+            }
         }
     }
 }
 
-// Lane vectors at a time: as many sums as hide the latency of an addition and fit the registers.
-#define VECTORS_FOR(heads) ((heads) <= 2 || programCount == 16 ? 4 : 2)
+// Query heads at a time, at most, and lane vectors with them: as many sums as hide the latency of
+// an addition and fit the registers. More heads convert each K and V element less often.
+#define HEADS_AT_ONCE (programCount == 16 ? 8 : 4)
+#define VECTORS_FOR(heads) ((heads) <= 2 || (programCount == 16 && (heads) <= 4) ? 4 : 2)
 
-// With 16 lanes a pair would be longer than the smallest block.
+// With 16 lanes a pair of K vectors would be longer than the smallest block.
 #define KV uint16
 #define NAME(f) f##_bf16
-#define PAIRED (programCount == 8)
+#define K_PAIRED (programCount == 8)
+#define V_PAIRED true
 #include "segment.isph"
 #undef KV
 #undef NAME
-#undef PAIRED
+#undef K_PAIRED
+#undef V_PAIRED
 
-#define PAIRED false
+#define K_PAIRED false
+#define V_PAIRED false
 #define KV uint16
 #define NAME(f) f##_fp16
 #include "segment.isph"
