@@ -2,8 +2,8 @@
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
-from gpu_kernels.kv_pack import pack_kv, unpack_kv
 from gpu_kernels.kv_store import store_kv
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.merge_splits import paged_decode_workspace_size
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
@@ -11,7 +11,6 @@ from gpu_kernels.rope_store import rope_store_kv
 
 __all__ = [
     "add_rms_norm",
-    "pack_kv",
     "paged_decode_attention",
     "paged_decode_workspace_size",
     "paged_prefill_attention",
@@ -19,5 +18,6 @@ __all__ = [
     "rope_store_kv",
     "silu_and_mul",
     "store_kv",
-    "unpack_kv",
+    "swap_in_kv",
+    "swap_out_kv",
 ]

@@ -16,25 +16,30 @@ from gpu_kernels.bench_inputs import (
     decode_input_sets,
     make_paged_inputs,
 )
-from gpu_kernels.kv_pack import pack_kv, unpack_kv
 from gpu_kernels.kv_store import store_kv
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.rope_store import rope_store_kv
 from gpu_kernels.timing import Launch, median_us
 
 # The H200's measured device-to-device copy rate, bytes read and written.
 COPY_BYTES_PER_S = 4.3e12
+# Measured for pinned copies over PCIe, either way.
+PINNED_BYTES_PER_S = 55e9
 HIDDEN_SIZE = 4096
 INTERMEDIATE_SIZE = 14336
+NUM_LAYERS = 32
 NUM_ROWS = 2048
 NUM_BUFFER_SETS = 6
 
 Row = dict[str, Any]
 
 
-def memory_row(name: str, us: float, num_bytes: float, goal_us: float) -> Row:
+def memory_row(
+    name: str, us: float, num_bytes: float, goal_us: float, bytes_per_s: float = COPY_BYTES_PER_S
+) -> Row:
     """A row of a kernel bound by memory: its floor is the time of a copy of its bytes."""
-    floor_us = num_bytes / COPY_BYTES_PER_S * 1e6
+    floor_us = num_bytes / bytes_per_s * 1e6
     return {
         "name": name, "us": round(us, 2), "floor_us": round(floor_us, 2),
         "ratio": round(us / floor_us, 2), "rate": f"{num_bytes / us / 1e6:.2f} TB/s",
@@ -133,27 +138,31 @@ def bench_small(device: torch.device) -> list[Row]:
         us = median_us([make_launch() for _ in range(NUM_BUFFER_SETS)])
         goal_us = 3 * num_bytes / COPY_BYTES_PER_S * 1e6
         rows.append(memory_row(f"{name}, {n} rows", us, num_bytes, goal_us))
-    return rows + bench_pack(device)
+    return rows
 
 
-def bench_pack(device: torch.device) -> list[Row]:
-    """Pack and unpack of 1,024 shuffled blocks (64 MiB of K and V)."""
-    heads, num_ids = Heads(), 1024
-    pack_launches: list[Launch] = []
-    unpack_launches: list[Launch] = []
-    for _ in range(4):
-        inputs = make_paged_inputs(heads, 1, num_ids * heads.block_size, 1, device)
-        k, v, ids = inputs.k_cache, inputs.v_cache, inputs.block_tables[0]
-        k_host, v_host = torch.randn_like(k.transpose(2, 3).contiguous()), torch.randn_like(v)
-        tensors = (k, v, ids, k_host, v_host)
-        pack_launches.append(lambda t=tensors: pack_kv(*t))  # type: ignore[misc]
-        unpack_launches.append(lambda t=tensors: unpack_kv(t[3], t[4], t[2], t[0], t[1]))  # type: ignore[misc]
-    num_bytes = 2 * heads.kv_bytes(num_ids * heads.block_size)
-    goal_us = 1.5 * num_bytes / COPY_BYTES_PER_S * 1e6
-    return [
-        memory_row(f"{name} {num_ids} blocks", median_us(launches), num_bytes, goal_us)
-        for name, launches in (("pack_kv", pack_launches), ("unpack_kv", unpack_launches))
-    ]
+def bench_swap(device: torch.device) -> list[Row]:
+    """Swap of shuffled blocks of all layers, device pool to or from 2 GiB of pinned memory."""
+    heads, num_blocks = Heads(), 1024
+    size = (NUM_LAYERS, num_blocks, heads.num_kv_heads, heads.block_size, heads.head_dim)
+    k, v = (torch.zeros(size, dtype=heads.dtype, device=device) for _ in range(2))
+    # Powers of two, because the allocator of pinned memory rounds up to them.
+    k_host, v_host = (torch.empty(size, dtype=heads.dtype, pin_memory=True) for _ in range(2))
+    k_host = k_host.view(*size[:3], heads.head_dim, heads.block_size)
+    rows = []
+    for swap in (swap_out_kv, swap_in_kv):
+        for n in (64, num_blocks):
+            order, host_order = (
+                torch.randperm(num_blocks, dtype=torch.int32, device=device) for _ in range(2)
+            )
+            args = (k, v, order[:n], k_host, v_host, host_order[:n])
+            us = median_us([lambda swap=swap, args=args: swap(*args)], rounds=1, replays=3)  # type: ignore[misc]
+            num_bytes = NUM_LAYERS * heads.kv_bytes(n * heads.block_size)
+            goal_us = 1.25 * num_bytes / PINNED_BYTES_PER_S * 1e6
+            name = f"{swap.__name__}, {n} blocks"
+            row = memory_row(name, us, num_bytes, goal_us, PINNED_BYTES_PER_S)
+            rows.append(row | {"rate": f"{num_bytes / us / 1e3:.1f} GB/s"})
+    return rows
 
 
 def run_bench(device: torch.device) -> list[Row]:
@@ -167,7 +176,8 @@ def run_bench(device: torch.device) -> list[Row]:
         memory is the bound, floor_us and ratio.
     """
     torch.manual_seed(0)
-    return bench_decode(device) + bench_prefill(device) + bench_small(device)
+    small = bench_small(device) + bench_swap(device)
+    return bench_decode(device) + bench_prefill(device) + small
 
 
 def main() -> None:

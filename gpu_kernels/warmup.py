@@ -14,8 +14,8 @@ import torch
 from gpu_kernels import (
     activation,
     decode_attention,
-    kv_pack,
     kv_store,
+    kv_swap,
     merge_splits,
     norm,
     prefill_attention,
@@ -28,7 +28,7 @@ KERNELS: tuple[Any, ...] = (
     prefill_attention.prefill_attention_kernel,
     rope_store.rope_store_kernel,
     kv_store.store_kv_kernel,
-    kv_pack.pack_kv_kernel,
+    kv_swap.swap_kv_kernel,
     norm.rms_norm_kernel,
     activation.silu_and_mul_kernel,
 )
@@ -99,8 +99,10 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
     out = zeros(tokens, shape.num_q_heads, shape.head_dim)
     pool_shape = (blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
     k_cache, v_cache = zeros(*pool_shape), zeros(*pool_shape)
-    k_host = zeros(blocks, shape.num_kv_heads, shape.head_dim, shape.block_size)
     ids = torch.arange(blocks, dtype=torch.int32, device=device)
+    # A pinned CPU tensor takes the same variant as a tensor on the device.
+    k_host = zeros(1, blocks, shape.num_kv_heads, shape.head_dim, shape.block_size)
+    swapped = (k_cache[None], v_cache[None], ids, k_host, zeros(1, *pool_shape), ids)
     tables = zeros(tokens, 1, dtype=torch.int32)
     seq_lens = torch.ones(tokens, dtype=torch.int32, device=device)
     cu_seqlens_q = torch.arange(tokens + 1, dtype=torch.int32, device=device)
@@ -135,8 +137,8 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
         q_norm_weight=head_weight, k_norm_weight=head_weight,
     )  # fmt: skip
     launch("store", kv_store.store_kv, k, v, k_cache, v_cache, positions)
-    launch("pack", kv_pack.pack_kv, k_cache, v_cache, ids, k_host, v_cache.clone())
-    launch("unpack", kv_pack.unpack_kv, k_host, v_cache.clone(), ids, k_cache, v_cache)
+    launch("swap out", kv_swap.swap_out_kv, *swapped)
+    launch("swap in", kv_swap.swap_in_kv, *swapped)
     launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
     launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)
     launch("silu and mul", activation.silu_and_mul, activated, gate_up)

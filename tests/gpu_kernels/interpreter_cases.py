@@ -37,7 +37,8 @@ CASES: dict[str, Callable[[], None]] = {
         2, head_dim=32, rotary_dim=16, with_norm=True, device="cpu"
     ),
     "store": lambda: checks.check_store(4, head_dim=24, device="cpu"),
-    "pack": lambda: checks.check_pack(3, head_dim=24, device="cpu"),
+    "swap": lambda: checks.check_swap(3, head_dim=24, device="cpu"),
+    "swap_nothing": lambda: checks.check_swap(0, device="cpu"),
     "norm": lambda: checks.check_norm(2, 48, device="cpu"),
     "silu": lambda: checks.check_silu(2, 40, device="cpu"),
 }  # fmt: skip

@@ -10,8 +10,8 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
-from gpu_kernels.kv_pack import pack_kv, unpack_kv
 from gpu_kernels.kv_store import store_kv
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
@@ -173,7 +173,15 @@ def check_store(
     assert torch.equal(v_cache, expected[1])
 
 
-def check_pack(
+def nan_pool(
+    num_blocks: int, shape: tuple[int, ...], dtype: torch.dtype, device: str, *, pinned: bool
+) -> torch.Tensor:
+    """Three layers of NaN, [3, num_blocks, *shape], further apart than they are long."""
+    where = {"pin_memory": True} if pinned else {"device": device}
+    return torch.full((3, num_blocks + 1, *shape), float("nan"), dtype=dtype, **where)[:, :-1]
+
+
+def check_swap(
     num_ids: int,
     *,
     num_kv_heads: int = 2,
@@ -181,33 +189,40 @@ def check_pack(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
+    pinned: bool = False,
 ) -> None:
-    """Packs and unpacks shuffled blocks; from two ids on, the second is skipped."""
+    """Swaps shuffled blocks out and in elsewhere; the host pool is pinned or on the device."""
     generator = torch.Generator().manual_seed(7)
-    shape = (num_ids + 3, num_kv_heads, block_size, head_dim)
-    k_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
-    v_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
-    ids = torch.randperm(num_ids + 3, generator=generator)[:num_ids].to(torch.int32)
-    ids[1:2] = -1
-    ids = ids.to(device)
-    k_host = torch.full((num_ids, num_kv_heads, head_dim, block_size), 5.0).to(dtype).to(device)
-    v_host = torch.full((num_ids, num_kv_heads, block_size, head_dim), 6.0).to(dtype).to(device)
-    pack_kv(k_cache, v_cache, ids, k_host, v_host)
-    new_k, new_v = torch.full_like(k_cache, 9.0), torch.full_like(v_cache, 9.0)
-    unpack_kv(k_host, v_host, ids, new_k, new_v)
-    listed = ids.tolist()
-    for index, block in enumerate(listed):
-        if block < 0:
-            assert (k_host[index] == 5.0).all()
-            assert (v_host[index] == 6.0).all()
-            continue
-        assert torch.equal(k_host[index], k_cache[block].transpose(-1, -2))
-        assert torch.equal(v_host[index], v_cache[block])
-        assert torch.equal(new_k[block], k_cache[block])
-        assert torch.equal(new_v[block], v_cache[block])
-    for block in set(range(num_ids + 3)) - set(listed):
-        assert (new_k[block] == 9.0).all()
-        assert (new_v[block] == 9.0).all()
+    num_blocks, num_host_blocks = num_ids + 3, num_ids + 5
+    shape = (num_kv_heads, block_size, head_dim)
+    k_shape = (num_kv_heads, head_dim, block_size)
+
+    def shuffled(count: int) -> torch.Tensor:
+        return torch.randperm(count, generator=generator, dtype=torch.int32)[:num_ids].to(device)
+
+    ids, host_ids, new_ids = shuffled(num_blocks), shuffled(num_host_blocks), shuffled(num_blocks)
+    old, new = (
+        [nan_pool(num_blocks, shape, dtype, device, pinned=False) for _ in range(2)]
+        for _ in range(2)
+    )
+    host = [nan_pool(num_host_blocks, s, dtype, device, pinned=pinned) for s in (k_shape, shape)]
+    for pool in old:
+        values = torch.randn((3, num_ids, *shape), generator=generator)
+        pool[:, ids.long()] = values.to(dtype).to(device)
+    expected_old = [pool.clone() for pool in old]
+    expected_host = [pool.clone() for pool in host]
+    oracle.swap_out(*old, ids.tolist(), *expected_host, host_ids.tolist())
+    expected_new = [pool.clone() for pool in new]
+    for pool, source in zip(expected_new, old, strict=True):
+        pool[:, new_ids.long()] = source[:, ids.long()]
+    swap_out_kv(*old, ids, *host, host_ids)
+    swap_in_kv(*new, new_ids, *host, host_ids)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for got, expected in zip(
+        (*old, *host, *new), (*expected_old, *expected_host, *expected_new), strict=True
+    ):
+        oracle.assert_same_bits(got, expected)
 
 
 def check_norm(

@@ -46,6 +46,26 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def swap_out(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    device_block_ids: list[int],
+    k_host: torch.Tensor,
+    v_host: torch.Tensor,
+    host_block_ids: list[int],
+) -> None:
+    """Copies [num_layers, block, ...] one block at a time, K transposed on the host's side."""
+    for block, host_block in zip(device_block_ids, host_block_ids, strict=True):
+        k_host[:, host_block] = k_cache[:, block].transpose(-1, -2)
+        v_host[:, host_block] = v_cache[:, block]
+
+
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Exactness where both may hold NaN."""
+    bits = [tensor.cpu().contiguous().view(torch.uint8) for tensor in (got, expected)]
+    assert torch.equal(bits[0], bits[1])
+
+
 def assert_close(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
     """The house rule: max error at most twice that of plain torch in the kernel's dtype + 1e-5.
 

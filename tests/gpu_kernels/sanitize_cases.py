@@ -21,7 +21,10 @@ def main() -> None:
         checks.check_rope_store(7, head_dim=80, dtype=dtype)
         checks.check_rope_store(7, head_dim=128, rotary_dim=64, with_norm=True, dtype=dtype)
         checks.check_store(7, num_kv_heads=3, head_dim=80, dtype=dtype)
-        checks.check_pack(5, num_kv_heads=3, head_dim=80, block_size=48, dtype=dtype)
+        for pinned in (False, True):
+            checks.check_swap(
+                5, num_kv_heads=3, head_dim=80, block_size=48, dtype=dtype, pinned=pinned
+            )
         checks.check_norm(3, 576, dtype=dtype)
         checks.check_silu(3, 1100, dtype=dtype)
     torch.cuda.synchronize()

@@ -4,8 +4,8 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
-from gpu_kernels.kv_pack import pack_kv, unpack_kv
 from gpu_kernels.kv_store import store_kv
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
@@ -49,11 +49,15 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
             q_norm_weight=norm_weight, k_norm_weight=norm_weight,
         )  # fmt: skip
         store_kv(k, v, k_cache, v_cache, slots)
-        staging = torch.zeros(2, *pool_shape, dtype=shape.dtype, device=device)
-        k_host = staging[0].view(*pool_shape[:2], shape.head_dim, shape.block_size)
-        ids = ints(num_rows + 5, dtype=torch.int32).fill_(-1)
-        pack_kv(k_cache, v_cache, ids, k_host, staging[1])
-        unpack_kv(k_host, staging[1], ids, k_cache, v_cache)
+        # Pinned here, on the device in the warm-up: one variant.
+        hosts = torch.zeros(3, 2, *pool_shape, dtype=shape.dtype, pin_memory=device == "cuda")
+        k_host = hosts[:, 0].view(3, *pool_shape[:2], shape.head_dim, shape.block_size)
+        ids = ints(num_rows + 5, dtype=torch.int32)
+        ids.copy_(torch.arange(num_rows + 5))
+        swap_out_kv(pools[:, 0], pools[:, 1], ids, k_host, hosts[:, 1], ids)
+        swap_in_kv(pools[:, 0], pools[:, 1], ids, k_host, hosts[:, 1], ids)
+        last = slice(2, 3)
+        swap_in_kv(pools[last, 0], pools[last, 1], ids, k_host[last], hosts[last, 1], ids)
         hidden = torch.zeros(num_rows, shape.hidden_size, dtype=shape.dtype, device=device)
         rms_norm(hidden, hidden, hidden[0].clone(), 1e-5)
         add_rms_norm(hidden, hidden, hidden.clone(), hidden[0].clone(), 1e-5)

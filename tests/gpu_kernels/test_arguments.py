@@ -8,7 +8,7 @@ import torch
 import gpu_kernels
 from gpu_kernels.tiles import MAX_SPLITS, decode_num_splits
 
-H, KV, D, B, N = 4, 2, 32, 16, 3
+H, KV, D, B, N, L = 4, 2, 32, 16, 3, 2
 F16, F32, I32, I64 = torch.float16, torch.float32, torch.int32, torch.int64
 
 
@@ -44,16 +44,12 @@ def store_args(n: int = N) -> dict[str, Any]:
     return {name: value for name, value in rope_args(n).items() if name in names}
 
 
-def pack_args(n: int = N) -> dict[str, Any]:
+def swap_args(n: int = N) -> dict[str, Any]:
     return {
-        "k_cache": zeros(5, KV, B, D), "v_cache": zeros(5, KV, B, D),
-        "block_ids": zeros(n, dtype=I32), "k_out": zeros(n, KV, D, B), "v_out": zeros(n, KV, B, D),
+        "k_cache": zeros(L, 5, KV, B, D), "v_cache": zeros(L, 5, KV, B, D),
+        "device_block_ids": zeros(n, dtype=I32), "k_host": zeros(L, 6, KV, D, B),
+        "v_host": zeros(L, 6, KV, B, D), "host_block_ids": zeros(n, dtype=I32),
     }  # fmt: skip
-
-
-def unpack_args(n: int = N) -> dict[str, Any]:
-    args = pack_args(n)
-    return args | {"k_in": args.pop("k_out"), "v_in": args.pop("v_out")}
 
 
 def norm_args(n: int = N) -> dict[str, Any]:
@@ -73,8 +69,8 @@ LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "prefill": (gpu_kernels.paged_prefill_attention, prefill_args),
     "rope": (gpu_kernels.rope_store_kv, rope_args),
     "store": (gpu_kernels.store_kv, store_args),
-    "pack": (gpu_kernels.pack_kv, pack_args),
-    "unpack": (gpu_kernels.unpack_kv, unpack_args),
+    "swap_out": (gpu_kernels.swap_out_kv, swap_args),
+    "swap_in": (gpu_kernels.swap_in_kv, swap_args),
     "norm": (gpu_kernels.rms_norm, norm_args),
     "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
     "silu": (gpu_kernels.silu_and_mul, silu_args),
@@ -104,7 +100,6 @@ WRONG_VALUES = [
     ("rope", {"positions": zeros(2 * N, dtype=I64)[::2]}, "positions"),
     ("rope", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
     ("store", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
-    ("pack", {"block_ids": zeros(2 * N, dtype=I32)[::2]}, "block_ids"),
     ("norm", {"weight": zeros(2 * D)[::2]}, "weight"),
     ("prefill", {"max_seqlen_q": 0}, "max_seqlen_q"),
     ("prefill", {"seq_lens": zeros(2 * N, dtype=I32)[::2]}, "seq_lens"),
@@ -115,9 +110,31 @@ WRONG_VALUES = [
     ("rope", {"q_norm_weight": zeros(D)}, "k_norm_weight"),
     ("rope", {"q_norm_weight": zeros(D + 1), "k_norm_weight": zeros(D)}, "q_norm_weight"),
     ("rope", {"q_norm_weight": zeros(D), "k_norm_weight": zeros(D, dtype=F32)}, "k_norm_weight"),
-    ("pack", {"k_out": zeros(N, KV, B, D).transpose(2, 3)}, "k_out"),
     ("norm", {"x": zeros(N, 16385), "out": zeros(N, 16385)}, "hidden_size"),
     ("silu", {"gate_up": zeros(N, 7)}, "width"),
+]
+WRONG_SWAPS: list[tuple[str, torch.Tensor]] = [
+    ("v_cache", zeros(L, 6, KV, B, D)),
+    ("v_cache", zeros(L, 6, KV, B, D)[:, :5]),
+    ("k_cache", zeros(L, 5, KV, D, B).transpose(3, 4)),
+    ("v_cache", zeros(L, 5, KV, D, B).transpose(3, 4)),
+    ("k_cache", zeros(L, 10, KV, B, D)[:, ::2]),
+    ("device_block_ids", zeros(N, 1, dtype=I32)),
+    ("device_block_ids", zeros(N, dtype=I64)),
+    ("device_block_ids", zeros(2 * N, dtype=I32)[::2]),
+    ("host_block_ids", zeros(N + 1, dtype=I32)),
+    ("host_block_ids", zeros(N, dtype=I64)),
+    ("host_block_ids", zeros(2 * N, dtype=I32)[::2]),
+    ("k_host", zeros(L + 1, 6, KV, D, B)),
+    ("k_host", zeros(L, 6, KV + 1, D, B)),
+    ("k_host", zeros(L, 6, KV, B, D)),
+    ("k_host", zeros(L, 6, KV, D, B, dtype=F32)),
+    ("k_host", zeros(L, 6, KV, B, D).transpose(3, 4)),
+    ("v_host", zeros(L, 6, KV, D, B)),
+    ("v_host", zeros(L, 7, KV, B, D)),
+    ("v_host", zeros(L, 6, KV, B, D, dtype=F32)),
+    ("v_host", zeros(L, 7, KV, B, D)[:, :6]),
+    ("v_host", zeros(L, 12, KV, B, D)[:, ::2]),
 ]
 
 
@@ -142,6 +159,24 @@ def test_wrong_value_is_named(launcher: str, change: dict[str, Any], name: str) 
     launch, make_args = LAUNCHERS[launcher]
     with pytest.raises(ValueError, match=rf"{name}.*: expected .* got "):
         launch(**(make_args() | change))
+
+
+@pytest.mark.parametrize("launcher", ["swap_out", "swap_in"])
+@pytest.mark.parametrize(("name", "value"), WRONG_SWAPS)
+def test_wrong_swap_is_named(launcher: str, name: str, value: torch.Tensor) -> None:
+    launch, make_args = LAUNCHERS[launcher]
+    with pytest.raises(ValueError, match=rf"{name}: expected .* got "):
+        launch(**(make_args() | {name: value}))
+
+
+@pytest.mark.parametrize("launcher", ["swap_out", "swap_in"])
+@pytest.mark.parametrize("pageable", ["k_host", "v_host"])
+def test_pageable_host_memory_is_refused(launcher: str, pageable: str) -> None:
+    launch, make_args = LAUNCHERS[launcher]
+    args = make_args()
+    device_args = {name: value.to("meta") for name, value in args.items() if name != pageable}
+    with pytest.raises(ValueError, match=rf"{pageable}: expected pinned .* got pageable "):
+        launch(**(args | device_args))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -1,16 +1,19 @@
 """The kernels around attention on a GPU: exact where they copy, against the oracle elsewhere."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.warmup import ModelShape, count_compiled_variants, precompile
 from tests.gpu_kernels.gpu import DTYPES, MARKS
 from tests.gpu_kernels.kernel_checks import (
     check_norm,
-    check_pack,
     check_rope_store,
     check_silu,
     check_store,
+    check_swap,
 )
 from tests.gpu_kernels.serving_shapes import launch_serving_shapes
 
@@ -49,12 +52,24 @@ def test_store(block_size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 48, 64])
-def test_pack_and_unpack(block_size: int, dtype: torch.dtype) -> None:
-    for num_ids, num_kv_heads, head_dim in ((1, 1, 64), (9, 3, 80), (20, 8, 128), (3, 2, 256)):
-        check_pack(
+@pytest.mark.parametrize("pinned", [True, False])
+def test_swap_out_and_in(pinned: bool, block_size: int, dtype: torch.dtype) -> None:
+    for num_ids, num_kv_heads, head_dim in (
+        (0, 2, 64), (1, 1, 64), (9, 3, 80), (5, 2, 96), (20, 8, 128), (3, 2, 256),
+    ):  # fmt: skip
+        check_swap(
             num_ids, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-            dtype=dtype,
+            dtype=dtype, pinned=pinned,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("swap", [swap_out_kv, swap_in_kv])
+def test_swap_refuses_pageable_memory(swap: Callable[..., None]) -> None:
+    pool = torch.zeros(1, 2, 1, 16, 64, device="cuda")
+    ids = torch.arange(2, dtype=torch.int32, device="cuda")
+    k_host = torch.zeros(1, 2, 1, 64, 16)
+    with pytest.raises(ValueError, match="k_host: expected pinned"):
+        swap(pool, pool.clone(), ids, k_host, pool.cpu(), ids)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

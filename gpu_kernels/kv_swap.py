@@ -1,0 +1,179 @@
+"""Moves blocks between the device pool and the host pool, for all layers in one launch.
+
+The kernel reads and writes the pinned host pool itself, over PCIe, and transposes K on the way: no
+staging buffer, no second pass over host memory, and scattered host blocks cost nothing extra,
+because a block of one head is a few contiguous KiB.
+"""
+
+# Kernel bodies are Triton's language, not Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_kernels.checks import (
+    Shape,
+    check_contiguous,
+    check_dense_rows,
+    check_float,
+    check_tensor,
+    wrong,
+)
+from gpu_kernels.tiles import next_power_of_2
+
+
+@triton.jit(do_not_specialize=["device_ids_ptr", "host_ids_ptr"])
+def swap_kv_kernel(
+    k_cache_ptr,
+    v_cache_ptr,
+    device_ids_ptr,
+    k_host_ptr,
+    v_host_ptr,
+    host_ids_ptr,
+    device_stride_layer: tl.int64,
+    host_stride_layer: tl.int64,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TO_HOST: tl.constexpr,
+):
+    """Copies one head of one block of one layer, K transposed on the host's side.
+
+    Grid (num_kv_heads, num_ids, num_layers). A program owns one (KV head, listed block, layer): K
+    and V of BLOCK_SIZE tokens. The layer strides are int64 by type, because a layer of more than
+    2**31 elements would otherwise be a variant of its own.
+    """
+    head = tl.program_id(0)
+    index = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    device_block = tl.load(device_ids_ptr + index).to(tl.int64)
+    host_block = tl.load(host_ids_ptr + index).to(tl.int64)
+    offs_t = tl.arange(0, TILE_T)
+    offs_d = tl.arange(0, TILE_D)
+    token_major = offs_t[:, None] * HEAD_DIM + offs_d[None, :]
+    dim_major = offs_d[:, None] * BLOCK_SIZE + offs_t[None, :]
+    mask = (offs_t < BLOCK_SIZE)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    mask_t = (offs_d < HEAD_DIM)[:, None] & (offs_t < BLOCK_SIZE)[None, :]
+    head_size = BLOCK_SIZE * HEAD_DIM
+    num_heads = tl.num_programs(0)
+    device_offs = layer * device_stride_layer + (device_block * num_heads + head) * head_size
+    host_offs = layer * host_stride_layer + (host_block * num_heads + head) * head_size
+    if TO_HOST:
+        k = tl.load(k_cache_ptr + device_offs + token_major, mask=mask)
+        v = tl.load(v_cache_ptr + device_offs + token_major, mask=mask)
+        tl.store(k_host_ptr + host_offs + dim_major, tl.trans(k), mask=mask_t)
+        tl.store(v_host_ptr + host_offs + token_major, v, mask=mask)
+    else:
+        k = tl.load(k_host_ptr + host_offs + dim_major, mask=mask_t)
+        v = tl.load(v_host_ptr + host_offs + token_major, mask=mask)
+        tl.store(k_cache_ptr + device_offs + token_major, tl.trans(k), mask=mask)
+        tl.store(v_cache_ptr + device_offs + token_major, v, mask=mask)
+
+
+def swap_out_kv(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    device_block_ids: torch.Tensor,
+    k_host: torch.Tensor,
+    v_host: torch.Tensor,
+    host_block_ids: torch.Tensor,
+) -> None:
+    """Copies blocks of all layers from the device pool to the host pool, exactly.
+
+    Like any kernel it returns before it ran: the host may read once the stream is synchronised.
+
+    Args:
+        k_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_dim], bfloat16, float16 or
+            float32, device, each layer contiguous.
+        v_cache: Same shape, dtype and strides as k_cache.
+        device_block_ids: [n], int32, device, contiguous; the blocks to copy.
+        k_host: [num_layers, num_host_blocks, num_kv_heads, head_dim, block_size], k_cache's dtype,
+            pinned host memory or on the device, each layer contiguous; the listed blocks are
+            overwritten.
+        v_host: [num_layers, num_host_blocks, num_kv_heads, block_size, head_dim], otherwise like
+            k_host, with its layer stride.
+        host_block_ids: [n], int32, device, contiguous, without repeats; where each block goes.
+
+    Raises:
+        ValueError: An argument's shape, dtype, stride or device is wrong, or host memory is not
+            pinned.
+    """
+    _launch(k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids, to_host=True)
+
+
+def swap_in_kv(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    device_block_ids: torch.Tensor,
+    k_host: torch.Tensor,
+    v_host: torch.Tensor,
+    host_block_ids: torch.Tensor,
+) -> None:
+    """Copies blocks of all layers from the host pool to the device pool: `swap_out_kv` reversed.
+
+    Args:
+        k_cache: As there; the listed blocks are overwritten.
+        v_cache: As there; the listed blocks are overwritten.
+        device_block_ids: [n], int32, device, contiguous, without repeats; where each block goes.
+        k_host: As there, but only read.
+        v_host: As there, but only read.
+        host_block_ids: [n], int32, device, contiguous; the blocks to copy.
+
+    Raises:
+        ValueError: As there.
+    """
+    _launch(k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids, to_host=False)
+
+
+def _launch(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    device_block_ids: torch.Tensor,
+    k_host: torch.Tensor,
+    v_host: torch.Tensor,
+    host_block_ids: torch.Tensor,
+    *,
+    to_host: bool,
+) -> None:
+    """Checks the arguments of either direction and launches the kernel."""
+    check_float("k_cache", k_cache, 5)
+    num_layers, _, num_kv_heads, block_size, head_dim = k_cache.shape
+    device = k_cache.device
+    check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device)
+    check_tensor("device_block_ids", device_block_ids, (None,), torch.int32, device)
+    check_contiguous("device_block_ids", device_block_ids)
+    n = device_block_ids.shape[0]
+    check_tensor("host_block_ids", host_block_ids, (n,), torch.int32, device)
+    check_contiguous("host_block_ids", host_block_ids)
+    _check_host("k_host", k_host, (num_layers, None, num_kv_heads, head_dim, block_size), k_cache)
+    v_shape = (num_layers, k_host.shape[1], num_kv_heads, block_size, head_dim)
+    _check_host("v_host", v_host, v_shape, k_cache)
+    _check_layers("k_cache", k_cache, "v_cache", v_cache)
+    _check_layers("k_host", k_host, "v_host", v_host)
+    if n == 0:
+        return
+    swap_kv_kernel[(num_kv_heads, n, num_layers)](
+        k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids,
+        k_cache.stride(0), k_host.stride(0),
+        HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        TILE_T=next_power_of_2(block_size), TILE_D=next_power_of_2(head_dim),
+        TO_HOST=to_host, num_warps=4,
+    )  # fmt: skip
+
+
+def _check_host(name: str, host: torch.Tensor, shape: Shape, like: torch.Tensor) -> None:
+    """Checks that half a host pool fits `like`'s pool and that its device can address it."""
+    check_tensor(name, host, shape, like.dtype, host.device)
+    if host.device != like.device and not host.is_pinned():
+        expected = f"pinned host memory or a tensor on {like.device}"
+        raise wrong(name, expected, f"pageable memory on {host.device}")
+
+
+def _check_layers(k_name: str, k: torch.Tensor, v_name: str, v: torch.Tensor) -> None:
+    """Checks that each layer of K and V is contiguous and that both have one layer stride."""
+    check_dense_rows(k_name, k)
+    check_dense_rows(v_name, v)
+    if v.stride(0) != k.stride(0):
+        raise wrong(v_name, f"layer stride {k.stride(0)}", v.stride(0))
