@@ -1,7 +1,9 @@
-"""One step's batch as tensors: which tokens, at which positions, in which KV slots.
+"""One sub-batch as tensors: which tokens, at which positions, in which KV slots.
 
-Rows come decodes first, then prefill chunks. Everything is filled into one pinned buffer and moved
-to the device with a single copy.
+Rows come in four groups, in this order: decodes and prefill chunks whose KV is on the device,
+prefill chunks whose KV goes to the host, decodes whose KV is on the host. A chunk that goes to the
+host is attended to in blocks that are addressed like a pool: on a CPU device these are the host
+pool's own; on a GPU they are staging blocks, which hold one layer of the request at a time.
 """
 
 from collections.abc import Sequence
@@ -11,121 +13,293 @@ import numpy as np
 import torch
 
 from engine.kv_blocks import BlockPool
-from engine.scheduler import ScheduledRequest, StepPlan
+from engine.step_plan import ScheduledRequest, SubBatch
+from engine.upload import Ints, Upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """A step's input on the device. T tokens, S requests, of which the first D are decodes.
+class PagedRows:
+    """Rows whose KV one pool holds. T tokens, S requests, of which the first D are decodes.
 
     Args:
-        num_decodes: D; each has one token, and they come first in every tensor.
-        input_ids: `[T]`, int64, device.
-        positions: `[T]`, int64, device.
+        num_decodes: D; each has one token, and they come first.
         slot_mapping: `[T]`, int64, device; `block_id * block_size + offset` of each token.
         prefill_cu_seqlens_q: `[S - D + 1]`, int32, device; where each prefill's tokens begin among
             the prefills' tokens.
         seq_lens: `[S]`, int32, device; tokens in the cache after this step.
         block_tables: `[S, max_blocks]`, int32, device; unused entries are 0.
-        logits_rows: `[L]`, int64, device; tokens whose logits are wanted.
         query_lens: Tokens of each request, on the host.
         context_lens: Tokens in the cache after this step of each request, on the host.
     """
 
     num_decodes: int
-    input_ids: torch.Tensor
-    positions: torch.Tensor
     slot_mapping: torch.Tensor
     prefill_cu_seqlens_q: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
-    logits_rows: torch.Tensor
     query_lens: Sequence[int]
     context_lens: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.slot_mapping.shape[0])
 
     @property
     def num_seqs(self) -> int:
         """S."""
         return len(self.query_lens)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedCopy:
+    """Blocks of one layer that move between staging and the host pool.
+
+    Args:
+        staging_ids: `[n]`, int32, device.
+        host_ids: `[n]`, int32, device.
+    """
+
+    staging_ids: torch.Tensor
+    host_ids: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPrefillRows:
+    """Prefill chunks whose KV goes to the host.
+
+    Args:
+        rows: Their tokens, in the host pool's blocks (CPU device) or in staging blocks (GPU).
+        num_staging_blocks: Staging blocks that one layer needs; 0 on a CPU device.
+        prefix: What must be in staging before a layer's attention; None if there is no prefix.
+        written: What must leave staging after it; None on a CPU device.
+    """
+
+    rows: PagedRows
+    num_staging_blocks: int = 0
+    prefix: StagedCopy | None = None
+    written: StagedCopy | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostDecodeRows:
+    """Decodes whose KV is on the host.
+
+    Args:
+        block_tables: `[S, max_blocks]`, int32, CPU.
+        seq_lens: `[S]`, int32, CPU; tokens attended to, the new one included.
+    """
+
+    block_tables: torch.Tensor
+    seq_lens: torch.Tensor
+
     @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens after the decodes."""
-        return int(self.input_ids.shape[0]) - self.num_decodes
+    def num_seqs(self) -> int:
+        """S."""
+        return int(self.seq_lens.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A sub-batch's input.
+
+    Args:
+        input_ids: `[T]`, int64, device.
+        positions: `[T]`, int64, device.
+        logits_rows: `[L]`, int64, device; tokens whose logits are wanted.
+        device_rows: The first rows; may be empty.
+        host_prefills: The next rows, if there are any.
+        host_decodes: The last rows, if there are any.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    logits_rows: torch.Tensor
+    device_rows: PagedRows
+    host_prefills: HostPrefillRows | None = None
+    host_decodes: HostDecodeRows | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def host_prefill_tokens(self) -> slice:
+        """Where the tokens of `host_prefills` are."""
+        start = self.device_rows.num_tokens
+        size = self.host_prefills.rows.num_tokens if self.host_prefills is not None else 0
+        return slice(start, start + size)
+
+    @property
+    def host_decode_tokens(self) -> slice:
+        """Where the tokens of `host_decodes` are."""
+        return slice(self.host_prefill_tokens.stop, self.num_tokens)
 
 
 class BatchBuilder:
-    """Turns step plans into batches.
+    """Turns sub-batches of step plans into batches.
 
     Args:
         device: Where batches go.
-        pool: Whose block tables they name.
+        device_pool: Accounting of the device's blocks.
+        host_pool: Accounting of the host's blocks; None if there are none.
     """
 
-    def __init__(self, device: torch.device, pool: BlockPool) -> None:
+    def __init__(
+        self, device: torch.device, device_pool: BlockPool, host_pool: BlockPool | None = None
+    ) -> None:
         self._device = device
-        self._pool = pool
+        self._device_pool = device_pool
+        self._host_pool = host_pool
 
-    def build(self, plan: StepPlan) -> Batch:
-        """Return the plan's batch on the device."""
-        items = plan.scheduled
-        wide, narrow = self._wide(items), self._narrow(plan)
-        staging = np.concatenate([wide.view(np.int32), narrow])
-        host = torch.from_numpy(staging)
-        if self._device.type == "cuda":
-            host = host.pin_memory()
-        on_device = host.to(self._device, non_blocking=True)
-        num_tokens, num_seqs, num_starts = plan.num_tokens, len(items), len(plan.prefills) + 1
-        ids, positions, slots, logits = (
-            on_device[: 2 * wide.size]
-            .view(torch.int64)
-            .split([num_tokens, num_tokens, num_tokens, wide.size - 3 * num_tokens])
-        )
-        cu_seqlens, seq_lens, tables = on_device[2 * wide.size :].split(
-            [num_starts, num_seqs, narrow.size - num_starts - num_seqs]
-        )
-        return Batch(
-            num_decodes=len(plan.decodes),
-            input_ids=ids,
-            positions=positions,
-            slot_mapping=slots,
-            prefill_cu_seqlens_q=cu_seqlens,
-            seq_lens=seq_lens,
-            block_tables=tables.view(num_seqs, -1),
-            logits_rows=logits,
-            query_lens=[item.num_tokens for item in items],
-            context_lens=[item.end for item in items],
-        )
-
-    def _wide(
-        self, items: Sequence[ScheduledRequest]
-    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return input ids, positions, slots and logits rows in one int64 array."""
-        ids: list[int] = []
-        for item in items:
-            ids.extend(item.request.token_ids(item.start, item.end))
-        positions = [np.arange(item.start, item.end) for item in items]
-        slots = [self._slots(item) for item in items]
+    def build(self, sub_batch: SubBatch) -> Batch:
+        """Return a sub-batch's tensors on the device."""
+        items = sub_batch.scheduled
+        upload = Upload(self._device)
+        first = upload.add(_input_ids(items))
+        upload.add(np.concatenate([np.arange(item.start, item.end) for item in items]))
         ends = np.cumsum([item.num_tokens for item in items])
-        logits = ends[[item.samples for item in items]] - 1
-        return np.concatenate([np.asarray(ids), *positions, *slots, logits]).astype(np.int64)
+        upload.add(ends[np.asarray([item.samples for item in items])] - 1)
+        tables = [self._table(self._device_pool, item) for item in sub_batch.gdec + sub_batch.gprf]
+        device_rows = _RowsUpload(
+            upload, sub_batch.gdec, sub_batch.gprf, tables, self._device_pool.block_size
+        )
+        staged = _StagedUpload(upload, sub_batch.cprf, self._host_tables(sub_batch.cprf), self)
+        sent = upload.send()
+        return Batch(
+            input_ids=sent[first],
+            positions=sent[first + 1],
+            logits_rows=sent[first + 2],
+            device_rows=device_rows.take(sent),
+            host_prefills=staged.take(sent) if sub_batch.cprf else None,
+            host_decodes=self._host_decodes(sub_batch.cdec) if sub_batch.cdec else None,
+        )
 
-    def _slots(self, item: ScheduledRequest) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        block_size = self._pool.block_size
-        positions = np.arange(item.start, item.end)
-        table = self._pool.block_table(item.request.request_id)
-        first = item.start // block_size
-        blocks = np.asarray(table[first : -(-item.end // block_size)], dtype=np.int64)
-        return blocks[positions // block_size - first] * block_size + positions % block_size
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._device_pool.block_size
 
-    def _narrow(self, plan: StepPlan) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """Return prefill starts, sequence lengths and block tables in one int32 array."""
-        items = plan.scheduled
-        starts = np.cumsum([0, *(item.num_tokens for item in plan.prefills)])
-        seq_lens = [item.end for item in items]
-        width = max(self._pool.blocks_for(length) for length in seq_lens)
-        tables = np.zeros((len(items), width), dtype=np.int32)
-        for row, item in enumerate(items):
-            used = self._pool.blocks_for(item.end)
-            tables[row, :used] = self._pool.block_table(item.request.request_id)[:used]
-        return np.concatenate([starts, seq_lens, tables.ravel()]).astype(np.int32)
+    @property
+    def uses_staging(self) -> bool:
+        """Whether chunks that go to the host are attended to in staging blocks."""
+        return self._device.type == "cuda"
+
+    def _table(self, pool: BlockPool, item: ScheduledRequest) -> Ints:
+        used = pool.blocks_for(item.end)
+        return np.asarray(pool.block_table(item.request.request_id)[:used], dtype=np.int32)
+
+    def _host_tables(self, items: Sequence[ScheduledRequest]) -> list[Ints]:
+        if not items:
+            return []
+        assert self._host_pool is not None, "host-resident requests need a host pool"
+        return [self._table(self._host_pool, item) for item in items]
+
+    def _host_decodes(self, items: Sequence[ScheduledRequest]) -> HostDecodeRows:
+        return HostDecodeRows(
+            block_tables=torch.from_numpy(_pad(self._host_tables(items))),
+            seq_lens=torch.tensor([item.end for item in items], dtype=torch.int32),
+        )
+
+
+class _RowsUpload:
+    """The arrays of `PagedRows` on their way."""
+
+    def __init__(
+        self,
+        upload: Upload,
+        decodes: Sequence[ScheduledRequest],
+        prefills: Sequence[ScheduledRequest],
+        tables: Sequence[Ints],
+        block_size: int,
+    ) -> None:
+        items = [*decodes, *prefills]
+        self._num_decodes = len(decodes)
+        self._query_lens = [item.num_tokens for item in items]
+        self._context_lens = [item.end for item in items]
+        slots = [_slots(item, table, block_size) for item, table in zip(items, tables, strict=True)]
+        self._first = upload.add(np.concatenate([*slots, np.empty(0, dtype=np.int64)]))
+        starts = np.cumsum([0, *(item.num_tokens for item in prefills)])
+        upload.add(starts.astype(np.int32))
+        upload.add(np.asarray(self._context_lens, dtype=np.int32))
+        upload.add(_pad(tables))
+
+    def take(self, sent: list[torch.Tensor]) -> PagedRows:
+        slots, starts, seq_lens, tables = sent[self._first : self._first + 4]
+        return PagedRows(
+            num_decodes=self._num_decodes,
+            slot_mapping=slots,
+            prefill_cu_seqlens_q=starts,
+            seq_lens=seq_lens,
+            block_tables=tables,
+            query_lens=self._query_lens,
+            context_lens=self._context_lens,
+        )
+
+
+class _StagedUpload:
+    """The arrays of `HostPrefillRows` on their way."""
+
+    def __init__(
+        self,
+        upload: Upload,
+        items: Sequence[ScheduledRequest],
+        host_tables: Sequence[Ints],
+        builder: BatchBuilder,
+    ) -> None:
+        if not items:
+            return
+        self._staging = builder.uses_staging
+        size = builder.block_size
+        tables, self._num_blocks = list(host_tables), 0
+        if self._staging:
+            tables = []
+            for host_table in host_tables:
+                tables.append(
+                    np.arange(self._num_blocks, self._num_blocks + len(host_table), dtype=np.int32)
+                )
+                self._num_blocks += len(host_table)
+        self._rows = _RowsUpload(upload, [], items, tables, size)
+        pairs = list(zip(items, tables, host_tables, strict=True))
+        prefix = [(a[: -(-i.start // size)], h[: -(-i.start // size)]) for i, a, h in pairs]
+        written = [(a[i.start // size :], h[i.start // size :]) for i, a, h in pairs]
+        self._first = upload.add(np.concatenate([a for a, _ in prefix]))
+        upload.add(np.concatenate([h for _, h in prefix]))
+        upload.add(np.concatenate([a for a, _ in written]))
+        upload.add(np.concatenate([h for _, h in written]))
+
+    def take(self, sent: list[torch.Tensor]) -> HostPrefillRows:
+        rows = self._rows.take(sent)
+        if not self._staging:
+            return HostPrefillRows(rows=rows)
+        ids = sent[self._first : self._first + 4]
+        prefix = StagedCopy(staging_ids=ids[0], host_ids=ids[1])
+        return HostPrefillRows(
+            rows=rows,
+            num_staging_blocks=self._num_blocks,
+            prefix=prefix if ids[0].numel() else None,
+            written=StagedCopy(staging_ids=ids[2], host_ids=ids[3]),
+        )
+
+
+def _input_ids(items: Sequence[ScheduledRequest]) -> Ints:
+    ids: list[int] = []
+    for item in items:
+        ids.extend(item.request.token_ids(item.start, item.end))
+    return np.asarray(ids, dtype=np.int64)
+
+
+def _slots(item: ScheduledRequest, table: Ints, block_size: int) -> Ints:
+    positions = np.arange(item.start, item.end)
+    slots: Ints = table[positions // block_size].astype(np.int64) * block_size
+    return slots + positions % block_size
+
+
+def _pad(tables: Sequence[Ints]) -> Ints:
+    """Return tables of different lengths as one array, `[len(tables), longest]`, int32."""
+    width = max(map(len, tables), default=0)
+    padded = np.zeros((len(tables), width), dtype=np.int32)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded

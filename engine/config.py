@@ -1,6 +1,7 @@
 """What the engine was asked to do, checked once."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.scheduler import SchedulerConfig
@@ -23,10 +24,12 @@ class EngineConfig:
         max_model_len: Most tokens of a request; None is what the model and the pool allow.
         block_size: Tokens of a KV block.
         device_kv_blocks: Blocks of the device pool; None sizes it from free memory.
-        host_kv_gb: GiB of host memory for KV. On a CPU device that is the device pool itself.
+        host_kv_gb: GiB of host memory for the KV of offloaded requests; None takes up to 4 where
+            offloading can be of use (not on a CPU device).
         gpu_memory_utilization: Share of the GPU's memory NEO may use, in (0, 1].
         threads: CPU attention threads; None is all cores but one.
         seed: For dummy weights and for requests without a seed of their own.
+        log_steps: Write one JSON line a step to this file.
         scheduler: Limits of one step.
 
     Raises:
@@ -45,6 +48,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     threads: int | None = None
     seed: int = 0
+    log_steps: Path | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:

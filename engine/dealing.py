@@ -57,10 +57,10 @@ def hidden_windows(model: CostModel, base: SubBatchLoad, prefix: Sequence[int]) 
         base: Sub-batch 0 without host rows.
         prefix: Tokens of the first 0, 1, 2, ... rows.
     """
-    num_rows, handover_s = len(prefix) - 1, model.handover_s()
-    window_s = model.linear_s(max(1, base.num_rows)) - handover_s
+    num_rows = len(prefix) - 1
+    window_s = model.linear_s(max(1, base.num_rows))
     second = _largest(num_rows, lambda n: model.cpu_attention_s(n, prefix[n]) <= window_s)
-    window_s = model.linear_s(max(1, second)) + device_attention_s(model, base) - handover_s
+    window_s = model.linear_s(max(1, second)) + device_attention_s(model, base)
     first = _largest(
         num_rows - second,
         lambda n: model.cpu_attention_s(n, prefix[second + n] - prefix[second]) <= window_s,
@@ -70,7 +70,7 @@ def hidden_windows(model: CostModel, base: SubBatchLoad, prefix: Sequence[int]) 
 
 def hidden_in_one(model: CostModel, base: SubBatchLoad, prefix: Sequence[int]) -> int:
     """Return how many rows hide behind the device's attention when there is one sub-batch."""
-    window_s = device_attention_s(model, base) - model.handover_s()
+    window_s = device_attention_s(model, base)
     return _largest(
         len(prefix) - 1, lambda n: n == 0 or model.cpu_attention_s(n, prefix[n]) <= window_s
     )

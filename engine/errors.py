@@ -23,3 +23,7 @@ class CapacityError(NeoError):
 
 class RequestError(NeoError):
     """One request is invalid; others are not affected."""
+
+
+class StepError(NeoError):
+    """A step failed; its requests are lost, the engine serves on."""

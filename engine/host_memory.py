@@ -44,6 +44,23 @@ def allocate_host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Te
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def pin(tensor: torch.Tensor) -> None:
+    """Lock a CPU tensor's memory and make it reachable from CUDA GPUs.
+
+    Raises:
+        OSError: The memory cannot be locked; the limit on locked memory is a common reason.
+    """
+    num_bytes = tensor.numel() * tensor.element_size()
+    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0))
+    if code != 0:
+        raise OSError(f"CUDA error {code} in pinning {num_bytes / 2**30:.2f} GiB")
+
+
+def unpin(tensor: torch.Tensor) -> None:
+    """Undo `pin`; the GPU must not use the memory any more."""
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+
+
 def _read_number(path: Path) -> int | None:
     try:
         text = path.read_text().strip()

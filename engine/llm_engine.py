@@ -3,95 +3,26 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
+from engine.cost_tables import make_cost_model
 from engine.detokenizer import IncrementalDetokenizer
-from engine.errors import CheckpointError, RequestError
-from engine.outputs import CompletionOutput, RequestOutput, request_metrics
+from engine.errors import CheckpointError, RequestError, StepError
+from engine.output_stream import OutputStream
+from engine.outputs import RequestOutput
 from engine.request import FinishReason, Request
-from engine.runner import ModelRunner
+from engine.runner import ModelRunner, StepResult
 from engine.sampler import TokenLogprobs
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
+from engine.stats import EngineStats
+from engine.step_log import StepLog
+from engine.step_plan import StepPlan
 
 Prompt = str | Sequence[int]
 ChatMessage = Mapping[str, Any]
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """What the engine has done since it started.
-
-    `prefill_tokens` and `decode_tokens` went through the model; `step_time_s` is the time spent in
-    `step`, in seconds.
-    """
-
-    num_steps: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    generated_tokens: int = 0
-    num_preemptions: int = 0
-    prefill_step_time_s: float = 0.0
-    decode_step_time_s: float = 0.0
-    load_time_s: float = 0.0
-    peak_used_blocks: int = 0
-
-    @property
-    def step_time_s(self) -> float:
-        """Time in steps, with and without prefills."""
-        return self.prefill_step_time_s + self.decode_step_time_s
-
-    def record(self, plan: StepPlan, used_blocks: int) -> None:
-        """Count a step that was computed, before its tokens are appended."""
-        self.num_steps += 1
-        self.decode_tokens += len(plan.decodes)
-        self.prefill_tokens += plan.num_tokens - len(plan.decodes)
-        self.generated_tokens += len(plan.sampling)
-        self.num_preemptions += len(plan.preempted)
-        self.peak_used_blocks = max(self.peak_used_blocks, used_blocks)
-
-    def add_time(self, plan: StepPlan, seconds: float) -> None:
-        """Add a step's duration."""
-        if plan.prefills:
-            self.prefill_step_time_s += seconds
-        else:
-            self.decode_step_time_s += seconds
-
-
-@dataclass(slots=True)
-class _Stream:
-    """What a request has produced beyond its tokens."""
-
-    request: Request
-    prompt: str | None
-    detokenizer: IncrementalDetokenizer | None
-    logprobs: list[TokenLogprobs] | None
-    new_text: str = ""
-
-    def output(self) -> RequestOutput:
-        request = self.request
-        reason = request.finish_reason
-        logprobs = self.logprobs
-        completion = CompletionOutput(
-            text=self.detokenizer.text if self.detokenizer else "",
-            new_text=self.new_text,
-            token_ids=list(request.output_token_ids),
-            logprobs=None if logprobs is None else list(logprobs),
-            cumulative_logprob=None if logprobs is None else sum(p.logprob for p in logprobs),
-            finish_reason=reason.value if reason else None,
-            stop_reason=request.stop_reason,
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion],
-            finished=request.is_finished,
-            metrics=request_metrics(request),
-        )
 
 
 class LLMEngine:
@@ -126,8 +57,12 @@ class LLMEngine:
                 raise
             self.tokenizer = None  # dummy weights say nothing; tokens in, tokens out
         self._runner = ModelRunner(config, checkpoint, on_progress)
-        self._scheduler = Scheduler(config.scheduler, self._runner.pool)
-        self._streams: dict[str, _Stream] = {}
+        limits, host_pool = config.scheduler, self._runner.host_pool
+        self._is_measured = host_pool is not None or limits.tpot_limit_ms is not None
+        self._cost_model = make_cost_model(self._runner, on_progress, needed=self._is_measured)
+        self._scheduler = Scheduler(limits, self._runner.pool, host_pool, self._cost_model)
+        self._step_log = None if config.log_steps is None else StepLog(config.log_steps)
+        self._streams: dict[str, OutputStream] = {}
         self._rng = random.Random(config.seed)
         self.stats = EngineStats(load_time_s=time.monotonic() - start)
 
@@ -176,7 +111,7 @@ class LLMEngine:
             eos_token_ids=self._runner.model_config.eos_token_ids,
             seed=self._rng.getrandbits(64) if params.seed is None else params.seed,
         )
-        self._streams[request_id] = _Stream(
+        self._streams[request_id] = OutputStream(
             request=request,
             prompt=prompt if isinstance(prompt, str) else None,
             detokenizer=self._detokenizer(params),
@@ -268,30 +203,56 @@ class LLMEngine:
         """Run one step.
 
         Returns:
-            One output for every request that got a token. If the step fails, all its requests are
-            aborted before the error goes on.
+            One output for every request that got a token. If CPU attention fails, one for every
+            request of the step, finished with `error` and the message as `stop_reason`. Any other
+            error goes on after the step's requests were aborted.
         """
-        start = time.monotonic()
         plan = self._scheduler.plan_step()
         if plan.is_empty:
             return []
+        if not self._is_measured:
+            plan.prediction = plan.gpu_only_prediction = None
         try:
-            sampled = self._runner.execute(plan)
+            result = self._runner.execute(plan)
+        except StepError as error:
+            return self._fail_step(plan, str(error))
         except BaseException:
-            for item in plan.scheduled:
-                self.abort_request(item.request.request_id)
+            self._scheduler.abandon_step(plan)
+            for request in plan.requests:
+                self.abort_request(request.request_id)
             raise
+        self._record(plan, result)
         sampling = plan.sampling
-        self.stats.record(plan, self._runner.pool.num_used)
-        self._scheduler.complete_step(plan, sampled.token_ids)
-        outputs = [
+        self._scheduler.complete_step(plan, result.sampled.token_ids)
+        return [
             self._advance(self._streams[item.request.request_id], logprobs)
-            for item, logprobs in zip(sampling, sampled.logprobs, strict=True)
+            for item, logprobs in zip(sampling, result.sampled.logprobs, strict=True)
         ]
-        self.stats.add_time(plan, time.monotonic() - start)
-        return outputs
 
-    def _advance(self, stream: _Stream, logprobs: TokenLogprobs | None) -> RequestOutput:
+    def _record(self, plan: StepPlan, result: StepResult) -> None:
+        """Add a step to the statistics, the step log and the cost model's experience."""
+        runner = self._runner
+        host_pool = runner.host_pool
+        self.stats.record(
+            plan, result, runner.pool.num_used, host_pool.num_used if host_pool else 0
+        )
+        if self._step_log is not None:
+            self._step_log.write(plan, result, runner, None)
+        if plan.prediction is not None:
+            self._cost_model.observe(plan.prediction, result.measurement)
+
+    def _fail_step(self, plan: StepPlan, message: str) -> list[RequestOutput]:
+        """End a failed step's requests with an error; the others and the engine go on."""
+        self.stats.num_failed_steps += 1
+        if self._step_log is not None:
+            self._step_log.write(plan, None, self._runner, message)
+        self._scheduler.abandon_step(plan)
+        outputs = [
+            self._end(request.request_id, FinishReason.ERROR, message) for request in plan.requests
+        ]
+        return [output for output in outputs if output is not None]
+
+    def _advance(self, stream: OutputStream, logprobs: TokenLogprobs | None) -> RequestOutput:
         """Turn a request's newest token into text, and end the request at a stop string."""
         request, detokenizer = stream.request, stream.detokenizer
         if stream.logprobs is not None and logprobs is not None:
@@ -315,10 +276,15 @@ class LLMEngine:
         Returns:
             What it had produced; None if there is no such unfinished request.
         """
+        return self._end(request_id, FinishReason.ABORT)
+
+    def _end(
+        self, request_id: str, reason: FinishReason, message: str | None = None
+    ) -> RequestOutput | None:
         stream = self._streams.pop(request_id, None)
         if stream is None:
             return None
-        stream.request.finish(FinishReason.ABORT)
+        stream.request.finish(reason, message)
         self._scheduler.release(stream.request)
         if stream.detokenizer is not None:
             stream.new_text = stream.detokenizer.finish()
@@ -329,3 +295,5 @@ class LLMEngine:
         for request_id in list(self._streams):
             self.abort_request(request_id)
         self._runner.close()
+        if self._step_log is not None:
+            self._step_log.close()

@@ -95,6 +95,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def cpu_name() -> str:
+    """Return the processor's model name."""
+    return _cpu()[0]
+
+
 def _cpu() -> tuple[str, frozenset[str]]:
     """Return the processor's name and its feature flags."""
     name, flags = platform.processor() or platform.machine(), frozenset[str]()

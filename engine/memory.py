@@ -22,27 +22,55 @@ def wanted_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return max_model_len
 
 
-def num_host_blocks(config: EngineConfig, shape: AttentionShape, max_model_len: int) -> int:
-    """Return the blocks of a pool in host memory.
+def num_cpu_device_blocks(config: EngineConfig, shape: AttentionShape, max_model_len: int) -> int:
+    """Return the blocks of the device pool when the CPU plays the device.
 
     Raises:
         CapacityError: They do not fit into the memory that is available.
     """
-    available = available_host_bytes()
-    if config.device_kv_blocks is not None:
-        num_blocks = config.device_kv_blocks
-    elif config.host_kv_gb is not None:
-        num_blocks = int(config.host_kv_gb * 2**30) // shape.block_bytes
-    else:
-        num_bytes = min(DEFAULT_HOST_KV_BYTES, int(available * MAX_HOST_SHARE))
+    num_blocks = config.device_kv_blocks
+    if num_blocks is None:
+        num_bytes = min(DEFAULT_HOST_KV_BYTES, int(available_host_bytes() * MAX_HOST_SHARE))
         num_blocks = min(num_bytes // shape.block_bytes, _useful_blocks(config, max_model_len))
-    num_bytes = num_blocks * shape.block_bytes
-    if num_bytes > available:
-        raise CapacityError(
-            f"a KV cache of {num_blocks} blocks needs {num_bytes / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are available; lower --device-kv-blocks or --host-kv-gb"
-        )
+    _check_host_blocks(num_blocks, shape, "--device-kv-blocks")
     return num_blocks
+
+
+def num_host_blocks(
+    config: EngineConfig, shape: AttentionShape, max_model_len: int, device_type: str
+) -> int:
+    """Return the blocks of the host pool, 0 if requests are not to be offloaded.
+
+    On a CPU device there is a host pool only if it is asked for: it is of no use beyond tests.
+
+    Raises:
+        CapacityError: They do not fit into the memory that is available.
+    """
+    if config.scheduler.mode == "gpu-only":
+        return 0
+    if config.host_kv_gb is not None:
+        num_blocks = int(config.host_kv_gb * 2**30) // shape.block_bytes
+        if num_blocks < 1:
+            raise CapacityError(
+                f"--host-kv-gb {config.host_kv_gb} is less than one KV block of "
+                f"{shape.block_bytes / 2**20:.2f} MiB; raise it"
+            )
+    elif device_type == "cpu" and config.scheduler.mode == "auto":
+        return 0
+    else:
+        num_bytes = min(DEFAULT_HOST_KV_BYTES, int(available_host_bytes() * MAX_HOST_SHARE))
+        num_blocks = min(num_bytes // shape.block_bytes, _useful_blocks(config, max_model_len))
+    _check_host_blocks(num_blocks, shape, "--host-kv-gb")
+    return num_blocks
+
+
+def _check_host_blocks(num_blocks: int, shape: AttentionShape, option: str) -> None:
+    available, num_bytes = available_host_bytes(), num_blocks * shape.block_bytes
+    if num_bytes > available or num_blocks < 1:
+        raise CapacityError(
+            f"a KV cache of {num_blocks} blocks needs {num_bytes / 2**30:.1f} GiB of host memory, "
+            f"{available / 2**30:.1f} GiB are available; lower {option}"
+        )
 
 
 def num_gpu_blocks(

@@ -23,11 +23,12 @@ class Placement(enum.Enum):
 
 
 class FinishReason(enum.Enum):
-    """Why a request ended; the values are the ones OpenAI's API uses, plus `abort`."""
+    """Why a request ended; the values are the ones OpenAI's API uses, plus `abort` and `error`."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(slots=True, eq=False)

@@ -1,17 +1,28 @@
 """Runs step plans: owns the model on its device, the KV cache and the block accounting of it."""
 
+import contextlib
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from engine.backends import AttentionShape, make_backend, resolve_device
+from engine.backends import (
+    AttentionShape,
+    HostPoolSize,
+    HostStepTimes,
+    make_backend,
+    resolve_device,
+)
 from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint
 from engine.config import DTYPES, EngineConfig
-from engine.errors import CapacityError, ConfigError
+from engine.cost_model.table import StepTables
+from engine.errors import CapacityError, ConfigError, StepError
 from engine.kv_blocks import BlockPool
 from engine.memory import (
     fit_max_model_len,
+    num_cpu_device_blocks,
     num_gpu_blocks,
     num_host_blocks,
     wanted_max_model_len,
@@ -19,12 +30,36 @@ from engine.memory import (
 from engine.model_config import ModelConfig
 from engine.models import DecoderModel, load_weights, make_dummy_weights
 from engine.models.weights import allocate_weights
+from engine.profiler import Profiler
 from engine.request import Request
 from engine.sampler import SampledTokens, sample
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledRequest, StepPlan
+from engine.step_plan import ScheduledRequest, StepMeasurement, StepPlan, SubBatch
 
 _PROBE_VOCAB_ID = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave.
+
+    Args:
+        sampled: New tokens, in batch order.
+        step_s: Wall time, everything included.
+        launch_s: Of it, until the device had all of its work but for sampling.
+        host: What the CPU did; None if it had nothing to do.
+    """
+
+    sampled: SampledTokens
+    step_s: float
+    launch_s: float
+    host: HostStepTimes | None
+
+    @property
+    def measurement(self) -> StepMeasurement:
+        """What the cost model learns from."""
+        attention_s = None if self.host is None else sum(self.host.attention_s)
+        return StepMeasurement(step_s=self.step_s, cpu_attention_s=attention_s)
 
 
 class ModelRunner:
@@ -55,11 +90,19 @@ class ModelRunner:
             on_progress("preparing kernels")
             self._backend.prepare(self.model_config, shape)
             num_blocks = self._num_blocks(config, shape, max_model_len)
+            host_blocks = num_host_blocks(config, shape, max_model_len, self.device.type)
             self.pool = BlockPool(num_blocks, config.block_size)
-            self.max_model_len = fit_max_model_len(config, max_model_len, self.pool.capacity_tokens)
+            self.host_pool = BlockPool(host_blocks, config.block_size) if host_blocks else None
+            largest = max(num_blocks, host_blocks) * config.block_size
+            self.max_model_len = fit_max_model_len(config, max_model_len, largest)
             self.kv_cache_bytes = num_blocks * shape.block_bytes
-            on_progress(f"allocating {self.kv_cache_bytes / 2**30:.2f} GiB of KV cache")
-            self._backend.allocate_kv_cache(shape, num_blocks)
+            self.host_kv_cache_bytes = host_blocks * shape.block_bytes
+            on_progress(
+                f"allocating {self.kv_cache_bytes / 2**30:.2f} GiB of KV cache on the device, "
+                f"{self.host_kv_cache_bytes / 2**30:.2f} GiB on the host"
+            )
+            host = HostPoolSize(host_blocks, config.scheduler.max_num_seqs) if host_blocks else None
+            self._backend.allocate_kv_cache(shape, num_blocks, host)
         except torch.OutOfMemoryError as error:
             self.close()
             raise CapacityError(
@@ -69,24 +112,70 @@ class ModelRunner:
         except BaseException:
             self.close()
             raise
-        self._builder = BatchBuilder(self.device, self.pool)
+        self._limits = config.scheduler
+        self._builder = BatchBuilder(self.device, self.pool, self.host_pool)
 
     @property
     def description(self) -> str:
         """What computes what, for people."""
         return self._backend.description
 
-    def execute(self, plan: StepPlan) -> SampledTokens:
+    def execute(self, plan: StepPlan) -> StepResult:
         """Compute a step.
 
         Args:
-            plan: Not empty; its blocks are reserved in `pool`.
+            plan: Not empty; its blocks are reserved in the pools.
 
         Returns:
-            New tokens of the plan's shares that sample, in batch order.
+            New tokens of the plan's shares that sample, in batch order, and measured times.
+
+        Raises:
+            StepError: CPU attention failed or was overdue; other steps can follow.
         """
-        logits = self._model.forward(self._builder.build(plan))
-        return sample(logits, [item.request for item in plan.sampling])
+        start = time.perf_counter()
+        self._swap(plan)
+        batches = [self._builder.build(s) for s in plan.sub_batches if s.num_tokens]
+        self._backend.begin_step(batches)
+        try:
+            logits = torch.cat(self._model.forward(batches))
+            launch_s = time.perf_counter() - start
+            sampled = sample(logits, [item.request for item in plan.sampling])
+        except BaseException as error:
+            self._backend.abandon_step(f"{type(error).__name__} on the device")
+            with contextlib.suppress(StepError):
+                self._backend.end_step()
+            raise
+        host = self._backend.end_step()
+        step_s = time.perf_counter() - start
+        return StepResult(sampled=sampled, step_s=step_s, launch_s=launch_s, host=host)
+
+    def profile(self, on_progress: Callable[[str], None]) -> StepTables:
+        """Measure the parts of a step; the runner must be idle, and what its pools hold is lost."""
+        profiler = Profiler(
+            self._model,
+            self._backend,
+            self.pool,
+            self.host_pool,
+            max_num_batched_tokens=self._limits.max_num_batched_tokens,
+            max_num_seqs=self._limits.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
+        return profiler.measure(on_progress)
+
+    @property
+    def num_attention_threads(self) -> int:
+        """Threads of CPU attention, 0 if there are none."""
+        return self._backend.num_attention_threads
+
+    def _swap(self, plan: StepPlan) -> None:
+        for swaps, move in (
+            (plan.swaps_out, self._backend.swap_out),
+            (plan.swaps_in, self._backend.swap_in),
+        ):
+            if swaps:
+                device = [block for swap in swaps for block in swap.device_blocks]
+                host = [block for swap in swaps for block in swap.host_blocks]
+                move(device, host)
 
     def close(self) -> None:
         """Release threads and memory."""
@@ -110,7 +199,7 @@ class ModelRunner:
 
     def _num_blocks(self, config: EngineConfig, shape: AttentionShape, max_model_len: int) -> int:
         if self.device.type == "cpu":
-            return num_host_blocks(config, shape, max_model_len)
+            return num_cpu_device_blocks(config, shape, max_model_len)
         self._run_worst_step(config, shape)
         # What is taken now, by anyone, plus what this process held in addition at its peak.
         peak = torch.cuda.max_memory_reserved(self.device)
@@ -134,9 +223,10 @@ class ModelRunner:
         )
         pool.grow(request.request_id, num_tokens)
         self._backend.allocate_kv_cache(shape, pool.num_blocks)
-        plan = StepPlan(prefills=[ScheduledRequest(request, 0, num_tokens)])
-        batch = BatchBuilder(self.device, pool).build(plan)
-        logits = self._model.forward(batch)
+        sub_batch = SubBatch(gprf=[ScheduledRequest(request, 0, num_tokens)])
+        batch = BatchBuilder(self.device, pool).build(sub_batch)
+        self._backend.begin_step([batch])
+        [logits] = self._model.forward([batch])
         sample(logits.expand(limits.max_num_seqs, -1).clone(), [request] * limits.max_num_seqs)
         torch.cuda.synchronize(self.device)
 

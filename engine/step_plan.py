@@ -141,6 +141,12 @@ class StepPlan:
         return [item for item in self.scheduled if item.samples]
 
     @property
+    def requests(self) -> list[Request]:
+        """Every request that the step computes or moves, once."""
+        moved = [swap.request for swap in self.swaps_out + self.swaps_in]
+        return list({r.request_id: r for r in [i.request for i in self.scheduled] + moved}.values())
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that go through the model."""
         return sum(sub_batch.num_tokens for sub_batch in self.sub_batches)

@@ -1,5 +1,6 @@
 """What the model needs of a device, whoever plays it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,29 @@ class LayerNorms:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
+class HostPoolSize:
+    """Blocks of the host pool, and most host-resident decodes of one sub-batch."""
+
+    num_blocks: int
+    max_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStepTimes:
+    """What the CPU did in one step, in seconds.
+
+    Args:
+        attention_s: Computing attention, for each lane, over all layers.
+        waiting_s: Ready, but without rows to attend.
+        handover_s: Median time between seeing rows and starting on them.
+    """
+
+    attention_s: tuple[float, ...]
+    waiting_s: float
+    handover_s: float
+
+
 class Backend(Protocol):
     """Kernels and KV cache of one device."""
 
@@ -61,15 +85,43 @@ class Backend(Protocol):
     def description(self) -> str:
         """What computes what, for people."""
 
+    @property
+    def num_attention_threads(self) -> int:
+        """Threads of CPU attention, 0 if there are none."""
+
     def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Compile or load every kernel that serving the model will launch; return how many."""
 
-    def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
-        """Make the device pool.
+    def allocate_kv_cache(
+        self, shape: AttentionShape, num_blocks: int, host: HostPoolSize | None = None
+    ) -> None:
+        """Make the device pool and, if there is to be one, the host pool.
 
         Raises:
             CapacityError: Memory does not suffice.
         """
+
+    def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks of all layers from the device pool to the host pool, in step order."""
+
+    def swap_in(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks of all layers from the host pool to the device pool, in step order."""
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Announce a step: lane `i` of the calls that follow is `batches[i]`."""
+
+    def end_step(self) -> HostStepTimes | None:
+        """Wait until the CPU has left the step.
+
+        Returns:
+            Its times; None if the step had no host-resident rows.
+
+        Raises:
+            StepError: CPU attention failed or was overdue; the step's results are void.
+        """
+
+    def abandon_step(self, reason: str) -> None:
+        """Give up a step that was begun: release everything that waits, on either side."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised over its last dimension and scaled, in the dtype of `x`."""
@@ -82,26 +134,32 @@ class Backend(Protocol):
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return `silu(gate) * up` for `gate_up` of `[T, 2 * I]`: `[T, I]`."""
 
-    def attention(
+    def start_attention(
         self,
+        lane: int,
         layer: int,
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,
-        batch: Batch,
         norms: LayerNorms | None,
     ) -> torch.Tensor:
-        """Normalise and rotate heads, store K and V, and attend causally to all of a request.
+        """Normalise and rotate heads, store K and V, attend causally to all of each request.
+
+        Rows of host-resident decodes are handed to the CPU and stay open until
+        `finish_attention`; all others are done.
 
         Args:
+            lane: Which batch of the step.
             layer: Whose cache to use.
             qkv: `[T, (num_q_heads + 2 * num_kv_heads) * head_dim]`; may be overwritten.
             cos_sin: `[positions, head_dim]`, float32, see `RopeConfig.cos_sin_cache`.
-            batch: The step.
             norms: Norms on the heads of Q and K, for models that have them.
 
         Returns:
             `[T, num_q_heads * head_dim]`, in the dtype of `qkv`.
         """
+
+    def finish_attention(self, lane: int, layer: int, out: torch.Tensor) -> None:
+        """Fill the rows of host-resident decodes in what `start_attention` returned."""
 
     def close(self) -> None:
         """Release threads and memory; the backend is unusable afterwards."""

@@ -1,7 +1,9 @@
 """The CPU plays the device: torch for everything but decode attention, which is NEO's own kernel.
 
-The device pool has the host layout here, because the processor that reads it is the CPU.
+Both pools have the host layout here, because the processor that reads them is the CPU.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,9 @@ import torch.nn.functional as F
 from cpu_kernels.attention import CpuAttention
 from cpu_kernels.checks import host_kv_shapes
 from cpu_kernels.errors import KernelBuildError
-from engine.backends.base import AttentionShape, LayerNorms
-from engine.batch import Batch
+from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
+from engine.backends.host_attention import HostAttention
+from engine.batch import Batch, PagedRows
 from engine.errors import CapacityError, ConfigError
 from engine.host_memory import allocate_host_tensor
 from engine.model_config import ModelConfig
@@ -34,8 +37,9 @@ class CpuBackend:
         except KernelBuildError as error:
             raise ConfigError(str(error)) from error
         self._shape: AttentionShape | None = None
-        self._k_cache = torch.empty(0)
-        self._v_cache = torch.empty(0)
+        self._k_cache = self._v_cache = torch.empty(0)
+        self._host: HostAttention | None = None
+        self._batches: Sequence[Batch] = ()
 
     @property
     def description(self) -> str:
@@ -45,12 +49,19 @@ class CpuBackend:
             f"decode attention by ISPC kernels with {self._kernels.num_threads}"
         )
 
+    @property
+    def num_attention_threads(self) -> int:
+        """Threads of CPU attention."""
+        return self._kernels.num_threads
+
     def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Nothing to do: the kernels are built ahead of time for every model."""
         return 0
 
-    def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
-        """Make the device pool; see `Backend`."""
+    def allocate_kv_cache(
+        self, shape: AttentionShape, num_blocks: int, host: HostPoolSize | None = None
+    ) -> None:
+        """Make the pools; see `Backend`."""
         k_shape, v_shape = host_kv_shapes(
             num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
         )
@@ -63,6 +74,35 @@ class CpuBackend:
                 "lower --host-kv-gb or --device-kv-blocks"
             ) from error
         self._shape = shape
+        if host is not None:
+            self._host = HostAttention(self._kernels, shape, host, self.device)
+
+    def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks to the host pool; see `Backend`."""
+        host = self._checked_host()
+        host.k_pool[:, host_blocks] = self._k_cache[:, device_blocks]
+        host.v_pool[:, host_blocks] = self._v_cache[:, device_blocks]
+
+    def swap_in(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks from the host pool; see `Backend`."""
+        host = self._checked_host()
+        self._k_cache[:, device_blocks] = host.k_pool[:, host_blocks]
+        self._v_cache[:, device_blocks] = host.v_pool[:, host_blocks]
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Announce a step; see `Backend`."""
+        self._batches = batches
+        if self._host is not None:
+            self._host.begin_step(batches)
+
+    def end_step(self) -> HostStepTimes | None:
+        """Wait for the CPU; see `Backend`."""
+        return self._host.end_step() if self._host is not None else None
+
+    def abandon_step(self, reason: str) -> None:
+        """Give up the step; see `Backend`."""
+        if self._host is not None:
+            self._host.abandon_step(reason)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised and scaled; see `Backend`."""
@@ -82,16 +122,16 @@ class CpuBackend:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def attention(
+    def start_attention(
         self,
+        lane: int,
         layer: int,
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,
-        batch: Batch,
         norms: LayerNorms | None,
     ) -> torch.Tensor:
         """Rotate, store and attend; see `Backend`."""
-        shape = self._checked_shape()
+        batch, shape = self._batches[lane], self._checked_shape()
         heads = [shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads]
         q, k, v = qkv.view(qkv.shape[0], -1, shape.head_dim).split(heads, dim=1)
         if norms is not None:
@@ -100,61 +140,69 @@ class CpuBackend:
         cos, sin = cos_sin[batch.positions].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         out = torch.empty_like(q)
-        self._decode(layer, out, q, k, v, batch)
-        self._prefill(layer, out, q, k, v, batch)
+        if batch.host_decodes is not None:
+            rows = batch.host_decode_tokens
+            handed_over = torch.cat([q[rows], k[rows], v[rows]], dim=1).flatten(1)
+            self._checked_host().send(lane, layer, handed_over)
+        device = slice(0, batch.device_rows.num_tokens)
+        caches = (self._k_cache[layer], self._v_cache[layer])
+        self._attend(out[device], q[device], k[device], v[device], *caches, batch.device_rows)
+        if batch.host_prefills is not None:
+            host, rows = self._checked_host(), batch.host_prefill_tokens
+            caches = (host.k_pool[layer], host.v_pool[layer])
+            self._attend(out[rows], q[rows], k[rows], v[rows], *caches, batch.host_prefills.rows)
         return out.flatten(1)
+
+    def finish_attention(self, lane: int, layer: int, out: torch.Tensor) -> None:
+        """Take the CPU's answer; see `Backend`."""
+        batch = self._batches[lane]
+        if batch.host_decodes is not None:
+            self._checked_host().receive(lane, layer, out[batch.host_decode_tokens])
 
     def _checked_shape(self) -> AttentionShape:
         assert self._shape is not None, "allocate_kv_cache comes first"
         return self._shape
 
-    def _decode(
-        self,
-        layer: int,
-        out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        batch: Batch,
-    ) -> None:
-        rows = slice(0, batch.num_decodes)
-        if batch.num_decodes == 0:
-            return
-        self._kernels.paged_decode_attention(
-            out[rows],
-            q[rows],
-            self._k_cache[layer],
-            self._v_cache[layer],
-            batch.block_tables[rows],
-            batch.seq_lens[rows],
-            self._checked_shape().softmax_scale,
-            k=k[rows],
-            v=v[rows],
-        )
+    def _checked_host(self) -> HostAttention:
+        assert self._host is not None, "there is no host pool"
+        return self._host
 
-    def _prefill(
+    def _attend(
         self,
-        layer: int,
         out: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        batch: Batch,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        rows: PagedRows,
     ) -> None:
-        start = batch.num_decodes
-        if batch.num_prefill_tokens == 0:
+        """Attend decodes by the ISPC kernel, then prefills by torch, one after the other."""
+        start = rows.num_decodes
+        if start:
+            self._kernels.paged_decode_attention(
+                out[:start],
+                q[:start],
+                k_cache,
+                v_cache,
+                rows.block_tables[:start],
+                rows.seq_lens[:start],
+                self._checked_shape().softmax_scale,
+                k=k[:start],
+                v=v[:start],
+            )
+        if rows.num_tokens == start:
             return
-        k_cache, v_cache = self._k_cache[layer], self._v_cache[layer]
-        self._kernels.store_kv(k[start:], v[start:], k_cache, v_cache, batch.slot_mapping[start:])
-        for row in range(batch.num_decodes, batch.num_seqs):
-            query_len, context_len = batch.query_lens[row], batch.context_lens[row]
-            rows = slice(start, start + query_len)
-            keys, values = k[rows], v[rows]
+        self._kernels.store_kv(k[start:], v[start:], k_cache, v_cache, rows.slot_mapping[start:])
+        for row in range(rows.num_decodes, rows.num_seqs):
+            query_len, context_len = rows.query_lens[row], rows.context_lens[row]
+            tokens = slice(start, start + query_len)
+            keys, values = k[tokens], v[tokens]
             if context_len > query_len:
                 keys, values = self._kernels.gather_kv(
-                    k_cache, v_cache, batch.block_tables[row], context_len
+                    k_cache, v_cache, rows.block_tables[row], context_len
                 )
-            out[rows] = self._causal_attention(q[rows], keys.to(q.dtype), values.to(q.dtype))
+            out[tokens] = self._causal_attention(q[tokens], keys.to(q.dtype), values.to(q.dtype))
             start += query_len
 
     def _causal_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -176,6 +224,9 @@ class CpuBackend:
 
     def close(self) -> None:
         """Stop the attention threads."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
         self._kernels.close()
 
 

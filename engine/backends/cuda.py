@@ -1,12 +1,21 @@
 """A CUDA GPU plays the device: cuBLAS through torch for linear layers, Triton for the rest."""
 
+from collections.abc import Sequence
+
 import torch
 
-from engine.backends.base import AttentionShape, LayerNorms
-from engine.batch import Batch
+from cpu_kernels.attention import CpuAttention
+from cpu_kernels.errors import KernelBuildError
+from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
+from engine.backends.cuda_staging import Staging
+from engine.backends.host_attention import HostAttention
+from engine.batch import Batch, PagedRows
+from engine.errors import ConfigError
 from engine.model_config import ModelConfig
+from engine.paths import cache_dir
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
@@ -18,19 +27,34 @@ class CudaBackend:
 
     Args:
         device: The GPU.
+        num_threads: CPU attention threads; None is all cores but one.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_threads: int | None = None) -> None:
         self.device = device
+        self._num_threads = num_threads
         self._shape: AttentionShape | None = None
-        self._k_cache = torch.empty(0)
-        self._v_cache = torch.empty(0)
+        self._k_cache = self._v_cache = torch.empty(0)
+        self._kernels: CpuAttention | None = None
+        self._host: HostAttention | None = None
+        self._staging: Staging | None = None
+        self._batches: Sequence[Batch] = ()
+        # Rows of host-resident decodes are rotated like all others but stored by the CPU.
+        self._no_slots = torch.empty(0, dtype=torch.int64)
 
     @property
     def description(self) -> str:
         """What computes what, for people."""
         name = torch.cuda.get_device_name(self.device)
-        return f"linear layers by cuBLAS, attention by Triton, on {name}"
+        host = ""
+        if self._kernels is not None:
+            host = f"; offloaded attention by ISPC kernels with {self._kernels.num_threads} threads"
+        return f"linear layers by cuBLAS, attention by Triton, on {name}{host}"
+
+    @property
+    def num_attention_threads(self) -> int:
+        """Threads of CPU attention, 0 without a host pool."""
+        return self._kernels.num_threads if self._kernels is not None else 0
 
     def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Compile the model's kernels, or load them from Triton's cache."""
@@ -50,8 +74,10 @@ class CudaBackend:
             )
         return len(compiled)
 
-    def allocate_kv_cache(self, shape: AttentionShape, num_blocks: int) -> None:
-        """Make the device pool; see `Backend`."""
+    def allocate_kv_cache(
+        self, shape: AttentionShape, num_blocks: int, host: HostPoolSize | None = None
+    ) -> None:
+        """Make the pools; see `Backend`."""
         # Dropped first: the pool of the memory probe and the real one must not exist together.
         self._k_cache = self._v_cache = torch.empty(0)
         size = (
@@ -64,6 +90,51 @@ class CudaBackend:
         self._k_cache = torch.zeros(size, dtype=shape.dtype, device=self.device)
         self._v_cache = torch.zeros(size, dtype=shape.dtype, device=self.device)
         self._shape = shape
+        if host is not None:
+            self._make_host(shape, host)
+
+    def _make_host(self, shape: AttentionShape, size: HostPoolSize) -> None:
+        try:
+            self._kernels = CpuAttention(cache_dir(), self._num_threads)
+        except KernelBuildError as error:
+            raise ConfigError(f"{error}, or use --mode gpu-only") from error
+        self._host = HostAttention(self._kernels, shape, size, self.device)
+        self._staging = Staging(shape, self._host, self.device)
+        self._no_slots = torch.full((size.max_rows,), -1, dtype=torch.int64, device=self.device)
+
+    def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks to the host pool; see `Backend`."""
+        host = self._checked_host()
+        ids, host_ids = self._ids(device_blocks), self._ids(host_blocks)
+        swap_out_kv(self._k_cache, self._v_cache, ids, host.k_pool, host.v_pool, host_ids)
+
+    def swap_in(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks from the host pool; see `Backend`."""
+        host = self._checked_host()
+        ids, host_ids = self._ids(device_blocks), self._ids(host_blocks)
+        swap_in_kv(self._k_cache, self._v_cache, ids, host.k_pool, host.v_pool, host_ids)
+
+    def _ids(self, blocks: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor(blocks, dtype=torch.int32, pin_memory=True)
+        return ids.to(self.device, non_blocking=True)
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Announce a step; see `Backend`."""
+        self._batches = batches
+        if self._host is not None:
+            self._host.begin_step(batches)
+
+    def end_step(self) -> HostStepTimes | None:
+        """Wait for the CPU; see `Backend`."""
+        if self._staging is not None:
+            self._staging.join()
+        return self._host.end_step() if self._host is not None else None
+
+    def abandon_step(self, reason: str) -> None:
+        """Give up the step and wait until the GPU has left it; see `Backend`."""
+        if self._host is not None:
+            self._host.abandon_step(reason)
+            torch.cuda.synchronize(self.device)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised and scaled; see `Backend`."""
@@ -85,60 +156,129 @@ class CudaBackend:
         silu_and_mul(out, gate_up)
         return out
 
-    def attention(
+    def start_attention(
         self,
+        lane: int,
         layer: int,
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,
-        batch: Batch,
         norms: LayerNorms | None,
     ) -> torch.Tensor:
         """Rotate, store and attend; see `Backend`."""
-        shape = self._shape
-        assert shape is not None, "allocate_kv_cache comes first"
+        batch, shape = self._batches[lane], self._checked_shape()
+        out = qkv.new_empty(qkv.shape[0], shape.num_q_heads, shape.head_dim)
+        if batch.host_decodes is not None:
+            # First, so that the CPU's work begins as early as it can.
+            rows = batch.host_decode_tokens
+            slots = self._no_slots[: batch.host_decodes.num_seqs]
+            caches = (self._k_cache[layer], self._v_cache[layer])
+            self._rope_store(rows, slots, qkv, batch, cos_sin, norms, *caches)
+            self._checked_host().send(lane, layer, qkv[rows])
+        device = slice(0, batch.device_rows.num_tokens)
+        if batch.device_rows.num_tokens:
+            caches = (self._k_cache[layer], self._v_cache[layer])
+            slots = batch.device_rows.slot_mapping
+            self._rope_store(device, slots, qkv, batch, cos_sin, norms, *caches)
+            self._attend(device, qkv, out, *caches, batch.device_rows)
+        if batch.host_prefills is not None:
+            assert self._staging is not None, "there is no host pool"
+            rows, prefills = batch.host_prefill_tokens, batch.host_prefills
+            caches = self._staging.begin_layer(lane, layer, prefills)
+            slots = prefills.rows.slot_mapping
+            self._rope_store(rows, slots, qkv, batch, cos_sin, norms, *caches)
+            self._staging.end_layer(lane, layer, prefills)
+            self._attend(rows, qkv, out, *caches, prefills.rows)
+        return out.flatten(1)
+
+    def finish_attention(self, lane: int, layer: int, out: torch.Tensor) -> None:
+        """Take the CPU's answer; see `Backend`."""
+        batch = self._batches[lane]
+        if batch.host_decodes is not None:
+            self._checked_host().receive(lane, layer, out[batch.host_decode_tokens])
+
+    def _checked_shape(self) -> AttentionShape:
+        assert self._shape is not None, "allocate_kv_cache comes first"
+        return self._shape
+
+    def _checked_host(self) -> HostAttention:
+        assert self._host is not None, "there is no host pool"
+        return self._host
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        shape = self._checked_shape()
         heads = [shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads]
         q, k, v = qkv.view(qkv.shape[0], -1, shape.head_dim).split(heads, dim=1)
-        k_cache, v_cache = self._k_cache[layer], self._v_cache[layer]
+        return q, k, v
+
+    def _rope_store(
+        self,
+        rows: slice,
+        slots: torch.Tensor,
+        qkv: torch.Tensor,
+        batch: Batch,
+        cos_sin: torch.Tensor,
+        norms: LayerNorms | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> None:
+        """Normalise and rotate some rows of `qkv` in place and store their K and V."""
+        q, k, v = self._heads(qkv[rows])
         rope_store_kv(
             q,
             k,
             v,
-            batch.positions,
+            batch.positions[rows],
             cos_sin,
             k_cache,
             v_cache,
-            batch.slot_mapping,
+            slots,
             q_norm_weight=norms.q if norms else None,
             k_norm_weight=norms.k if norms else None,
             norm_eps=norms.eps if norms else 1e-6,
         )
-        out = qkv.new_empty(qkv.shape[0], shape.num_q_heads, shape.head_dim)
-        num_decodes = batch.num_decodes
+
+    def _attend(
+        self,
+        tokens: slice,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        rows: PagedRows,
+    ) -> None:
+        """Attend rows whose K and V are in a pool on the device."""
+        q, out = self._heads(qkv[tokens])[0], out[tokens]
+        scale, num_decodes = self._checked_shape().softmax_scale, rows.num_decodes
         if num_decodes:
             paged_decode_attention(
                 out[:num_decodes],
                 q[:num_decodes],
                 k_cache,
                 v_cache,
-                batch.block_tables[:num_decodes],
-                batch.seq_lens[:num_decodes],
-                shape.softmax_scale,
-                max_seq_len=max(batch.context_lens[:num_decodes]),
+                rows.block_tables[:num_decodes],
+                rows.seq_lens[:num_decodes],
+                scale,
+                max_seq_len=max(rows.context_lens[:num_decodes]),
             )
-        if batch.num_prefill_tokens:
+        if rows.num_tokens > num_decodes:
             paged_prefill_attention(
                 out[num_decodes:],
                 q[num_decodes:],
                 k_cache,
                 v_cache,
-                batch.block_tables[num_decodes:],
-                batch.prefill_cu_seqlens_q,
-                batch.seq_lens[num_decodes:],
-                shape.softmax_scale,
-                max_seqlen_q=max(batch.query_lens[num_decodes:]),
+                rows.block_tables[num_decodes:],
+                rows.prefill_cu_seqlens_q,
+                rows.seq_lens[num_decodes:],
+                scale,
+                max_seqlen_q=max(rows.query_lens[num_decodes:]),
             )
-        return out.flatten(1)
 
     def close(self) -> None:
-        """Free the device pool."""
+        """Free the pools and stop the attention threads."""
         self._k_cache = self._v_cache = torch.empty(0)
+        if self._host is not None:
+            torch.cuda.synchronize(self.device)
+            self._host.close()
+        if self._kernels is not None:
+            self._kernels.close()
+        self._host = self._kernels = self._staging = None

@@ -42,5 +42,5 @@ def make_backend(device: torch.device, num_threads: int | None) -> Backend:
         ConfigError: The CPU kernels are needed and not built.
     """
     if device.type == "cuda":
-        return CudaBackend(device)
+        return CudaBackend(device, num_threads)
     return CpuBackend(num_threads)

@@ -32,7 +32,7 @@ class CostModel(Protocol):
         """Return the time of one layer's decode attention on the host; 0 without rows."""
 
     def handover_s(self) -> float:
-        """Return what one layer's round trip to the host adds to its attention's time."""
+        """Return the device's own time for one layer's hand-over to the host and back."""
 
     def swap_s(self, num_tokens: int) -> float:
         """Return the time to move the K and V of tokens, all layers, in one direction."""

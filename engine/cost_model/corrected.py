@@ -100,7 +100,8 @@ class CorrectedCostModel:
     def observe(self, prediction: StepPrediction, measured: StepMeasurement) -> None:
         """Learn from a step.
 
-        Parts that were measured correct their own factor. Of a step of which only the whole is
+        Parts that were measured correct their own factor; with them, the hand-over learns what the
+        step took beyond its prediction. Of a step of which only the whole is
         known, the device's parts learn if no host-resident row decoded; if some did, and the step
         was longer than predicted or waited for the host, the host's parts learn what the device's
         prediction leaves over.
@@ -113,6 +114,10 @@ class CorrectedCostModel:
         known = {name: getattr(measured, f"{name}_s") for name in _PARTS}
         if all(value is None for value in known.values()):
             known = _attribute(prediction, measured.step_s)
+        elif known["handover"] is None and prediction.handover_s > 0 and prediction.swap_s == 0:
+            # The device's parts learn from steps without host rows; what a step with them takes
+            # beyond its prediction is what they cost the device.
+            known["handover"] = prediction.handover_s + measured.step_s - prediction.step_s
         for name, value in known.items():
             if value is not None and value > 0 and predicted[name] > 0:
                 self._learn(name, value / predicted[name])

@@ -46,7 +46,11 @@ class SubBatchLoad:
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """One sub-batch in one layer, in seconds; without host rows, `cpu_attention_s` is 0."""
+    """One sub-batch in one layer, in seconds; without host rows, `cpu_attention_s` is 0.
+
+    `handover_s` is the device's own time: rotating, copying, ringing and copying back are work of
+    its stream and of whoever launches it, and no other work of the device runs beside them.
+    """
 
     linear_s: float
     gpu_attention_s: float
@@ -95,7 +99,8 @@ def pipeline_s(stages: Sequence[StageTimes], num_layers: int) -> tuple[float, fl
             exposed += max(0.0, answers[j] - device)
             device = max(device, answers[j]) + stage.linear_s
             if stage.cpu_attention_s > 0.0:
-                host = max(host, device + stage.handover_s) + stage.cpu_attention_s
+                device += stage.handover_s
+                host = max(host, device) + stage.cpu_attention_s
                 answers[j] = host
             device += stage.gpu_attention_s
         layer += 1

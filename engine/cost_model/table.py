@@ -79,7 +79,7 @@ class StepTables:
         fixed_step: Seconds by sampled rows.
         gpu_attention_row_s: What each further request adds on the device.
         cpu_attention_row_s: What each further request adds on the host.
-        handover_s: Round trip to the host beside its attention.
+        handover_s: The device's own time for a hand-over to the host and back.
     """
 
     linear: Table

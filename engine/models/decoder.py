@@ -4,6 +4,9 @@ Each layer is split where attention happens, so that a pipeline can run the two 
 sub-batches in any order: `before_attention`, the backend's attention, `after_attention`.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +14,15 @@ from engine.backends import AttentionShape, Backend, LayerNorms
 from engine.batch import Batch
 from engine.model_config import ModelConfig
 from engine.models.weights import ModelWeights
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Where a sub-batch stands: `[T, H]`, the residual stream, the open attention."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
 
 
 class DecoderModel:
@@ -49,23 +61,38 @@ class DecoderModel:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Run a batch through all layers.
+    def forward(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Run the sub-batches of a step through all layers, one behind the other.
+
+        In each layer, a sub-batch's CPU attention has all the time in which the other one does its
+        linear layers and its own attention; with a single sub-batch it is waited for at once. The
+        backend must have been told of the step by `begin_step`.
 
         Args:
-            batch: The step's input, T tokens.
+            batches: The step's input, T tokens each.
 
         Returns:
-            Logits of the rows in `batch.logits_rows`, `[L, vocab_size]`, float32.
+            For each, logits of the rows in `logits_rows`, `[L, vocab_size]`, float32.
         """
-        hidden = F.embedding(batch.input_ids, self.weights.embedding)
-        residual: torch.Tensor | None = None
+        lanes = [_Lane(F.embedding(batch.input_ids, self.weights.embedding)) for batch in batches]
         for layer in range(self.config.num_layers):
-            qkv, residual = self.before_attention(layer, hidden, residual)
-            attended = self._backend.attention(layer, qkv, self._cos_sin, batch, self._norms[layer])
-            hidden, residual = self.after_attention(layer, attended, residual)
-        assert residual is not None
-        return self.logits(hidden, residual, batch.logits_rows)
+            for index, lane in enumerate(lanes):
+                self._finish_layer(index, layer - 1, lane)
+                qkv, lane.residual = self.before_attention(layer, lane.hidden, lane.residual)
+                lane.attended = self.start_attention(index, layer, qkv)
+        logits = []
+        for index, (lane, batch) in enumerate(zip(lanes, batches, strict=True)):
+            self._finish_layer(index, self.config.num_layers - 1, lane)
+            assert lane.residual is not None
+            logits.append(self.logits(lane.hidden, lane.residual, batch.logits_rows))
+        return logits
+
+    def _finish_layer(self, index: int, layer: int, lane: "_Lane") -> None:
+        """Take the CPU's rows of a layer's attention and compute the rest of the layer."""
+        if lane.attended is None or lane.residual is None:
+            return  # before the first layer
+        self._backend.finish_attention(index, layer, lane.attended)
+        lane.hidden, lane.residual = self.after_attention(layer, lane.attended, lane.residual)
 
     def before_attention(
         self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -89,6 +116,10 @@ class DecoderModel:
         else:
             normed = self._backend.add_rms_norm(hidden, residual, weights.input_norm, eps)
         return F.linear(normed, weights.qkv, weights.qkv_bias), residual
+
+    def start_attention(self, lane: int, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """Start a layer's attention on the backend; see `Backend.start_attention`."""
+        return self._backend.start_attention(lane, layer, qkv, self._cos_sin, self._norms[layer])
 
     def after_attention(
         self, layer: int, attended: torch.Tensor, residual: torch.Tensor

@@ -1,0 +1,94 @@
+"""Prefill straight to the host: device blocks for one layer at a time.
+
+A chunk's K and V of one layer are written to staging blocks, which look like a pool of one layer,
+attended to there, and copied to the host pool on a side stream while the next layers compute. A
+cached prefix is fetched into the same blocks beforehand. Layers take turns with two buffers a lane.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.backends.base import AttentionShape
+from engine.backends.host_attention import HostAttention
+from engine.batch import HostPrefillRows, StagedCopy
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
+
+_NUM_BUFFERS = 2
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """One layer's worth of blocks, `[1, num_blocks, num_kv_heads, block_size, head_dim]` each."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    copied: torch.cuda.Event
+
+
+class Staging:
+    """Staging blocks and the stream that empties them.
+
+    Args:
+        shape: The heads.
+        host: Whose pool the blocks go to.
+        device: The GPU.
+    """
+
+    def __init__(self, shape: AttentionShape, host: HostAttention, device: torch.device) -> None:
+        self._shape = shape
+        self._host = host
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._buffers: dict[tuple[int, int], _Buffer] = {}
+
+    def begin_layer(
+        self, lane: int, layer: int, prefills: HostPrefillRows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's K and V blocks, free to be written, a cached prefix in place.
+
+        Args:
+            lane: Which batch of the step.
+            layer: Of the model.
+            prefills: The chunks.
+
+        Returns:
+            K and V, `[num_blocks, num_kv_heads, block_size, head_dim]`.
+        """
+        buffer = self._buffer(lane, layer, prefills.num_staging_blocks)
+        torch.cuda.current_stream(self._device).wait_event(buffer.copied)
+        if prefills.prefix is not None:
+            self._copy(buffer, layer, prefills.prefix, to_host=False)
+        return buffer.k[0], buffer.v[0]
+
+    def end_layer(self, lane: int, layer: int, prefills: HostPrefillRows) -> None:
+        """Copy what was written to the host pool, behind the work that follows."""
+        buffer = self._buffers[lane, layer % _NUM_BUFFERS]
+        assert prefills.written is not None, "chunks that go to the host leave staging"
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._copy(buffer, layer, prefills.written, to_host=True)
+            buffer.copied.record(self._stream)
+
+    def join(self) -> None:
+        """Let later work of the current stream begin after all copies."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def _buffer(self, lane: int, layer: int, num_blocks: int) -> _Buffer:
+        key = (lane, layer % _NUM_BUFFERS)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.k.shape[1] < num_blocks:
+            if buffer is not None:
+                buffer.copied.synchronize()
+            shape = self._shape
+            size = (1, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+            k = torch.zeros(size, dtype=shape.dtype, device=self._device)
+            buffer = _Buffer(k, torch.zeros_like(k), torch.cuda.Event())
+            self._buffers[key] = buffer
+        return buffer
+
+    def _copy(self, buffer: _Buffer, layer: int, blocks: StagedCopy, *, to_host: bool) -> None:
+        pools = (self._host.k_pool[layer : layer + 1], self._host.v_pool[layer : layer + 1])
+        ids = (blocks.staging_ids, blocks.host_ids)
+        copy = swap_out_kv if to_host else swap_in_kv
+        copy(buffer.k, buffer.v, ids[0], *pools, ids[1])

@@ -1,0 +1,254 @@
+"""Measures the cost model's tables on the engine that will use them, in seconds.
+
+Every point runs the very code that serves: the model's two halves of a layer, the backend's
+attention, the hand-over to the CPU, swaps. Times are wall times with the device idle before and
+after, so that launching counts where launching is what takes the time.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from engine.backends import Backend, HostStepTimes
+from engine.batch import Batch, BatchBuilder
+from engine.cost_model.table import StepTables, Table, num_visible_pairs
+from engine.kv_blocks import BlockPool
+from engine.models import DecoderModel
+from engine.request import Request
+from engine.sampler import sample
+from engine.sampling_params import SamplingParams
+from engine.step_plan import ScheduledRequest, SubBatch
+
+REPEATS = 3
+MAX_POINT_S = 2.0
+"""A table grows no further once one run of a point takes this long; beyond, lines go on."""
+
+
+class Profiler:
+    """Measures one model on one backend whose pools are allocated and idle.
+
+    Args:
+        model: The model.
+        backend: Its backend.
+        device_pool: For its size; a private accounting of the same size is used.
+        host_pool: Likewise; None leaves the host's tables at 0.
+        max_num_batched_tokens: Most rows of a step.
+        max_num_seqs: Most requests of a step.
+        max_model_len: Most tokens of a request.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        backend: Backend,
+        device_pool: BlockPool,
+        host_pool: BlockPool | None,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._num_layers = model.config.num_layers
+        self._device_size = device_pool
+        self._host_size = host_pool
+        self._max_rows = max_num_batched_tokens
+        self._max_seqs = max_num_seqs
+        self._max_len = max_model_len
+
+    @torch.inference_mode()
+    def measure(self, on_progress: Callable[[str], None] = lambda line: None) -> StepTables:
+        """Measure every table."""
+        on_progress("profiling linear layers")
+        linear = self._linear()
+        on_progress("profiling prefill attention")
+        prefill = self._prefill_attention()
+        on_progress("profiling decode attention on the device")
+        gpu, gpu_row_s = self._decode_attention("gdec")
+        fixed = self._fixed_step()
+        if self._host_size is None:
+            zero = Table([(0, 0.0)])
+            return StepTables(
+                linear=linear,
+                prefill_attention=prefill,
+                gpu_attention=gpu,
+                cpu_attention=zero,
+                swap=zero,
+                fixed_step=fixed,
+                gpu_attention_row_s=gpu_row_s,
+            )
+        on_progress("profiling decode attention on the host")
+        cpu, cpu_row_s = self._decode_attention("cdec")
+        return StepTables(
+            linear=linear,
+            prefill_attention=prefill,
+            gpu_attention=gpu,
+            cpu_attention=cpu,
+            swap=self._swap(),
+            fixed_step=fixed,
+            gpu_attention_row_s=gpu_row_s,
+            cpu_attention_row_s=cpu_row_s,
+            handover_s=self._handover(),
+        )
+
+    def _linear(self) -> Table:
+        """Time both halves of all layers, by rows."""
+        config, weights = self._model.config, self._model.weights
+        points = []
+        for num_rows in _powers(1, self._max_rows, start=(1, 8, 16)):
+            hidden = weights.embedding[:1].expand(num_rows, -1).clone()
+            attended = hidden.new_zeros(num_rows, config.num_q_heads * config.head_dim)
+
+            def run(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
+                residual: torch.Tensor | None = None
+                for layer in range(self._num_layers):
+                    _, residual = self._model.before_attention(layer, hidden, residual)
+                    hidden, residual = self._model.after_attention(layer, attended, residual)
+
+            seconds = self._time(run)
+            points.append((num_rows, seconds / self._num_layers))
+            if seconds > MAX_POINT_S:
+                break
+        return Table(points)
+
+    def _prefill_attention(self) -> Table:
+        points = [(0.0, 0.0)]
+        longest = min(self._max_rows, self._max_len, self._device_size.capacity_tokens)
+        for length in _powers(16, longest, start=(16,)):
+            batch = self._batch([_request(0, length)], "gprf", length)
+            seconds = self._time(functools.partial(self._attend, batch))
+            points.append((num_visible_pairs(length, length), seconds / self._num_layers))
+            if seconds > MAX_POINT_S:
+                break
+        return Table(points)
+
+    def _decode_attention(self, kind: str) -> tuple[Table, float]:
+        """Time decode attention by tokens, and what a further request adds."""
+        pool = self._device_size if kind == "gdec" else self._host_size
+        assert pool is not None, "decode attention is measured where there is a pool"
+        num_seqs = max(1, min(32, self._max_seqs, pool.num_blocks))
+        one = self._decode_point(kind, 1, 1)
+        row_s = max(0.0, (self._decode_point(kind, num_seqs, 1) - one) / max(1, num_seqs - 1))
+        points = [(1.0, max(0.0, one - row_s))]
+        blocks_each = pool.num_blocks // num_seqs
+        longest = min(self._max_len - 1, blocks_each * pool.block_size)
+        for length in _powers(pool.block_size, longest, start=(pool.block_size,)):
+            seconds = self._decode_point(kind, num_seqs, length)
+            points.append((num_seqs * length, max(0.0, seconds - num_seqs * row_s)))
+            if seconds * self._num_layers > MAX_POINT_S:
+                break
+        return Table(points), row_s
+
+    def _decode_point(self, kind: str, num_seqs: int, length: int) -> float:
+        """Return one layer's time for requests of `length` tokens each."""
+        batch = self._batch([_request(i, length) for i in range(num_seqs)], kind, 1)
+        if kind == "gdec":
+            return self._time(lambda: self._attend(batch)) / self._num_layers
+        times = [self._attend(batch) for _ in range(REPEATS + 1)][1:]
+        attention = [sum(t.attention_s) for t in times if t is not None]
+        return statistics.median(attention) / self._num_layers
+
+    def _handover(self) -> float:
+        """Return what a layer's round trip takes beside the CPU's attention itself."""
+        batch = self._batch([_request(0, 1)], "cdec", 1)
+        beside = []
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            times = self._attend(batch)
+            attention = 0.0 if times is None else sum(times.attention_s)
+            beside.append(time.perf_counter() - start - attention)
+        return max(0.0, statistics.median(beside[1:]) / self._num_layers)
+
+    def _swap(self) -> Table:
+        assert self._host_size is not None, "swaps are measured where there is a host pool"
+        most = min(self._device_size.num_blocks, self._host_size.num_blocks, 256)
+        points = [(0.0, 0.0)]
+        for num_blocks in _powers(1, most, start=(1,)):
+            blocks = list(range(num_blocks))
+            seconds = self._time(functools.partial(self._backend.swap_out, blocks, blocks))
+            points.append((num_blocks * self._device_size.block_size, seconds))
+        return Table(points)
+
+    def _fixed_step(self) -> Table:
+        points = []
+        for num_rows in _powers(1, self._max_seqs, start=(1, 16)):
+            requests = [_request(i, 2) for i in range(num_rows)]
+            ids = torch.zeros(num_rows, dtype=torch.int64, device=self._backend.device)
+            rows = torch.arange(num_rows, device=self._backend.device)
+
+            def run(
+                ids: torch.Tensor = ids,
+                rows: torch.Tensor = rows,
+                requests: Sequence[Request] = requests,
+            ) -> None:
+                hidden = F.embedding(ids, self._model.weights.embedding)
+                sample(self._model.logits(hidden, hidden.clone(), rows), requests)
+
+            points.append((num_rows, self._time(run)))
+        return Table(points)
+
+    def _batch(self, requests: Sequence[Request], kind: str, num_tokens: int) -> Batch:
+        """Return a batch of the last `num_tokens` tokens of each request."""
+        device = BlockPool(self._device_size.num_blocks, self._device_size.block_size)
+        host = self._host_size and BlockPool(self._host_size.num_blocks, device.block_size)
+        sub_batch = SubBatch()
+        for request in requests:
+            pool = host if kind.startswith("c") else device
+            assert pool is not None, "host rows need a host pool"
+            pool.grow(request.request_id, request.num_tokens)
+            share = ScheduledRequest(request, request.num_tokens - num_tokens, num_tokens)
+            getattr(sub_batch, kind).append(share)
+        return BatchBuilder(self._backend.device, device, host).build(sub_batch)
+
+    def _attend(self, batch: Batch) -> HostStepTimes | None:
+        """Run the attention of all layers, waiting for each."""
+        shape = self._model.attention_shape(self._device_size.block_size)
+        width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        qkv = torch.zeros(batch.num_tokens, width, dtype=shape.dtype, device=self._backend.device)
+        self._backend.begin_step([batch])
+        for layer in range(self._num_layers):
+            out = self._model.start_attention(0, layer, qkv)
+            self._backend.finish_attention(0, layer, out)
+        self._synchronize()
+        return self._backend.end_step()
+
+    def _time(self, run: Callable[[], object]) -> float:
+        """Return the median wall time of some runs after one that does not count."""
+        seconds = []
+        for _ in range(REPEATS + 1):
+            self._synchronize()
+            start = time.perf_counter()
+            run()
+            self._synchronize()
+            seconds.append(time.perf_counter() - start)
+            if seconds[0] > MAX_POINT_S:
+                return seconds[0]
+        return statistics.median(seconds[1:])
+
+    def _synchronize(self) -> None:
+        if self._backend.device.type == "cuda":
+            torch.cuda.synchronize(self._backend.device)
+
+
+def _powers(least: int, most: int, start: tuple[int, ...]) -> list[int]:
+    """Return `start`, then doubling numbers, up to and including `most`."""
+    found = [number for number in start if number <= most] or [max(least, most)]
+    while found[-1] * 2 <= most:
+        found.append(found[-1] * 2)
+    if found[-1] < most:
+        found.append(most)
+    return found
+
+
+def _request(number: int, num_tokens: int) -> Request:
+    return Request(
+        request_id=f"profile-{number}",
+        prompt_token_ids=[0] * num_tokens,
+        params=SamplingParams(temperature=0),
+        max_total_tokens=num_tokens + 1,
+    )

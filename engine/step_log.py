@@ -1,0 +1,83 @@
+"""`--log-steps`: one JSON line a step, so that every decision can be explained afterwards."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+from engine.errors import ConfigError
+from engine.runner import ModelRunner, StepResult
+from engine.step_plan import StepPlan
+
+
+class StepLog:
+    """Writes what was planned and what was measured.
+
+    Args:
+        path: Created or overwritten.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file: TextIO = path.open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise ConfigError(f"cannot write the step log {path}: {error.strerror}") from error
+        self._num_steps = 0
+
+    def write(
+        self, plan: StepPlan, result: StepResult | None, runner: ModelRunner, error: str | None
+    ) -> None:
+        """Write one step.
+
+        Args:
+            plan: What was to be done.
+            result: What was measured; None if the step failed.
+            runner: Whose pools are in use.
+            error: Why it failed.
+        """
+        line = {
+            "step": self._num_steps,
+            "time_s": round(time.time(), 6),
+            "mode": plan.mode.value,
+            "reason": plan.reason,
+            "sub_batches": [
+                {
+                    "gdec": len(s.gdec),
+                    "gprf": sum(item.num_tokens for item in s.gprf),
+                    "cprf": sum(item.num_tokens for item in s.cprf),
+                    "cdec": len(s.cdec),
+                    "gdec_tokens": sum(item.end for item in s.gdec),
+                    "cdec_tokens": sum(item.end for item in s.cdec),
+                }
+                for s in plan.sub_batches
+            ],
+            "swapped_out": sum(len(swap.device_blocks) for swap in plan.swaps_out),
+            "swapped_in": sum(len(swap.device_blocks) for swap in plan.swaps_in),
+            "preempted": len(plan.preempted),
+            "predicted": asdict(plan.prediction) if plan.prediction else None,
+            "gpu_only": asdict(plan.gpu_only_prediction) if plan.gpu_only_prediction else None,
+            "measured": None if result is None else _measured(result),
+            "device_blocks": runner.pool.num_used,
+            "host_blocks": runner.host_pool.num_used if runner.host_pool else 0,
+            "error": error,
+        }
+        self._num_steps += 1
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _measured(result: StepResult) -> dict[str, object]:
+    measured: dict[str, object] = {
+        "step_s": result.step_s,
+        "launch_s": result.launch_s,
+    }
+    if result.host is not None:
+        measured |= asdict(result.host)
+    return measured
