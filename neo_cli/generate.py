@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, RequestError, StepError
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerConfig
 from neo_cli import options as opt
@@ -129,6 +129,9 @@ def generate(
     max_num_batched_tokens: opt.MaxNumBatchedTokens = default(
         SchedulerConfig, "max_num_batched_tokens"
     ),
+    mode: opt.Mode = default(SchedulerConfig, "mode"),
+    tpot_limit_ms: opt.TpotLimitMs = default(SchedulerConfig, "tpot_limit_ms"),
+    log_steps: opt.LogSteps = default(EngineConfig, "log_steps"),
 ) -> int:
     """Complete or answer prompts.
 
@@ -169,8 +172,12 @@ def generate(
             threads=threads,
             seed=_engine_seed(seed, load_format),
             scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                mode=mode,
+                tpot_limit_ms=tpot_limit_ms,
             ),
+            log_steps=log_steps,
         )
         if logprobs is not None and not json_lines:
             raise RequestError("logprobs are printed with --json only")
@@ -218,9 +225,12 @@ class _Generation:
             engine = LLM.from_config(self.config, on_progress)
         with engine as llm:
             tokens = [self._tokens(llm, prompt, at) for at, prompt in enumerate(prompts, start=1)]
-            interrupted = self._generate(llm, prompts, tokens)
+            failures: list[str] = []
+            interrupted = self._generate(llm, prompts, tokens, failures)
             if self.stats:
                 self._print_stats(llm)
+        if failures:
+            raise StepError("; ".join(failures))
         return INTERRUPTED if interrupted else 0
 
     def _tokens(self, llm: "LLM", prompt: InputPrompt, number: int) -> list[int]:
@@ -242,8 +252,14 @@ class _Generation:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
 
-    def _generate(self, llm: "LLM", prompts: list[InputPrompt], tokens: list[list[int]]) -> bool:
-        """Generate and print; return whether the user interrupted it."""
+    def _generate(
+        self,
+        llm: "LLM",
+        prompts: list[InputPrompt],
+        tokens: list[list[int]],
+        failures: list[str],
+    ) -> bool:
+        """Generate and print, note failed prompts, and return whether the user interrupted it."""
         from neo_cli.progress import PromptPrinter
 
         printer = PromptPrinter(prompts, self.json_lines)
@@ -251,6 +267,9 @@ class _Generation:
             with contextlib.closing(llm.stream(tokens, self.params)) as stream, printer:
                 for output in stream:
                     printer.show(output)
+                    if output.outputs[0].finish_reason == "error":
+                        number = int(output.request_id) + 1
+                        failures.append(f"prompt {number}: {output.outputs[0].stop_reason}")
         except KeyboardInterrupt:
             printer.show_unfinished()
             return True

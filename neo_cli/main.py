@@ -13,6 +13,7 @@ from neo_cli.build_kernels import build_kernels
 from neo_cli.generate import generate
 from neo_cli.info import info
 from neo_cli.options import INTERRUPTED
+from neo_cli.profile import profile
 
 # Typer's own base of "the command line is wrong"; where it lives differs between its versions.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -47,6 +48,7 @@ def _options(
 app.command("build-kernels")(build_kernels)
 app.command("generate")(generate)
 app.command("info")(info)
+app.command("profile")(profile)
 
 
 def main() -> None:

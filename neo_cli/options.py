@@ -1,6 +1,7 @@
 """Options that several commands share. Defaults come from the engine's own configuration."""
 
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,7 +54,7 @@ DeviceKvBlocks = Annotated[
 ]
 HostKvGb = Annotated[
     float | None,
-    option("GiB of host memory for KV; on a CPU device that is the whole cache.", MODEL_PANEL),
+    option("GiB of host memory for offloaded KV; up to 4 if left out.", MODEL_PANEL),
 ]
 GpuMemoryUtilization = Annotated[float, option("Share of the GPU's memory to use.", MODEL_PANEL)]
 Threads = Annotated[
@@ -63,3 +64,12 @@ MaxNumSeqs = Annotated[int, option("Most requests that run at once.", MODEL_PANE
 MaxNumBatchedTokens = Annotated[
     int, option("Most tokens of a step; longer prompts are prefilled in chunks.", MODEL_PANEL)
 ]
+Mode = Annotated[
+    str,
+    option("auto, gpu-only or asymmetric: whether CPU attention may be used.", MODEL_PANEL),
+]
+TpotLimitMs = Annotated[
+    float | None,
+    option("Steps with decodes should not take longer than this.", MODEL_PANEL),
+]
+LogSteps = Annotated[Path | None, option("Write one JSON line a step to this file.", OUTPUT_PANEL)]

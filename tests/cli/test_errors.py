@@ -149,7 +149,7 @@ def test_what_the_model_does_not_allow(neo: Neo, tiny_options) -> None:
     assert "max_model_len must be at most 512" in error("--max-model-len", 513, "x")
     assert "--device-kv-blocks" in error("--device-kv-blocks", 2, "--max-model-len", 100, "x")
     no_blocks = ["--model", tiny_options[1], "--load-format", "dummy", "--host-kv-gb", "0.000001"]
-    assert "the KV cache has room for 0 blocks" in neo("generate", *no_blocks, "x").error_line
+    assert "less than one KV block" in neo("generate", *no_blocks, "x").error_line
     assert "logit_bias token ids must be from 0 to 49151" in error("--logit-bias", "60000=1", "x")
     assert "prompt 2: the prompt is not valid text" in error("x", "\udcff")
     assert "--system needs a chat template" in error("--raw", "--system", "s", "x")
