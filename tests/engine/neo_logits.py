@@ -14,7 +14,7 @@ from engine.models import DecoderModel, load_weights
 from engine.models.weights import allocate_weights
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledRequest, StepPlan
+from engine.step_plan import ScheduledRequest, SubBatch
 
 
 def neo_logits(
@@ -40,8 +40,11 @@ def neo_logits(
     for start, num_tokens in steps + [(at, 1) for at in range(num_prompt, total)]:
         share = ScheduledRequest(request, start, num_tokens)
         is_decode = start >= num_prompt
-        plan = StepPlan(decodes=[share]) if is_decode else StepPlan(prefills=[share])
+        sub_batch = SubBatch(gdec=[share]) if is_decode else SubBatch(gprf=[share])
         wanted = torch.arange(num_tokens, device=backend.device)
-        rows.append(model.forward(replace(builder.build(plan), logits_rows=wanted)).cpu())
+        batch = replace(builder.build(sub_batch), logits_rows=wanted)
+        backend.begin_step([batch])
+        rows.append(model.forward([batch])[0].cpu())
+        backend.end_step()
     backend.close()
     return torch.cat(rows)

@@ -75,19 +75,25 @@ def test_half_precision_against_transformers(default_model_folder, prompts, dtyp
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"device_kv_blocks": 40}, id="preempted"),
+        pytest.param({"device_kv_blocks": 40, "mode": "gpu-only"}, id="preempted"),
+        pytest.param(
+            {"device_kv_blocks": 60, "host_kv_gb": 1.0, "mode": "asymmetric"}, id="asymmetric"
+        ),
+        pytest.param({"device_kv_blocks": 60, "host_kv_gb": 1.0, "mode": "auto"}, id="auto"),
         pytest.param({"max_num_seqs": 16, "max_num_batched_tokens": 31}, id="chunked"),
     ],
 )
-def test_preempted_and_chunked_give_the_same(default_model_folder, prompts, options) -> None:
+def test_modes_and_limits_give_the_same(default_model_folder, prompts, options) -> None:
     folder = str(default_model_folder)
     with LLM(folder, dtype="float32", device="cuda") as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
     with LLM(folder, dtype="float32", device="cuda", **options) as llm:
         outputs = llm.generate(prompts, GREEDY)
         assert llm.engine.runner.pool.num_used == 0
-        if "device_kv_blocks" in options:
+        if options.get("mode") == "gpu-only":
             assert llm.engine.stats.num_preemptions > 0
+        if options.get("mode") == "asymmetric":
+            assert llm.engine.stats.rows["cdec"] > 0
     assert [output.outputs[0].token_ids for output in outputs] == expected
 
 

@@ -12,6 +12,7 @@ from engine.errors import CapacityError, ConfigError
 from engine.memory import (
     DEFAULT_HOST_KV_BYTES,
     fit_max_model_len,
+    num_cpu_device_blocks,
     num_gpu_blocks,
     num_host_blocks,
     wanted_max_model_len,
@@ -43,8 +44,8 @@ def available(monkeypatch: pytest.MonkeyPatch):
     return pretend
 
 
-def config(max_num_seqs: int = 256, **options) -> EngineConfig:
-    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs)
+def config(max_num_seqs: int = 256, mode: str = "auto", **options) -> EngineConfig:
+    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, mode=mode)
     return EngineConfig(scheduler=scheduler, **options)
 
 
@@ -52,36 +53,45 @@ def test_block_bytes() -> None:
     assert SHAPE.block_bytes == BLOCK_BYTES
 
 
-def test_host_default_and_half_of_little_memory(available) -> None:
+def test_cpu_device_takes_little_by_default(available) -> None:
     available(100 * GIB)
-    assert num_host_blocks(config(), SHAPE, 10**6) == DEFAULT_HOST_KV_BYTES // BLOCK_BYTES
+    expected = DEFAULT_HOST_KV_BYTES // BLOCK_BYTES
+    assert num_cpu_device_blocks(config(), SHAPE, 10**6) == expected
+    assert num_cpu_device_blocks(config(device_kv_blocks=7), SHAPE, 10) == 7
     available(2 * GIB)
-    assert num_host_blocks(config(), SHAPE, 10**6) == GIB // BLOCK_BYTES
+    assert num_cpu_device_blocks(config(), SHAPE, 10**6) == GIB // BLOCK_BYTES
 
 
 def test_no_more_blocks_than_requests_can_fill(available) -> None:
     available(100 * GIB)
-    assert num_host_blocks(config(max_num_seqs=3), SHAPE, 100) == 3 * 7
+    assert num_cpu_device_blocks(config(max_num_seqs=3), SHAPE, 100) == 3 * 7
+    assert num_host_blocks(config(max_num_seqs=3), SHAPE, 100, "cuda") == 3 * 7
     fitting = num_gpu_blocks(
         config(max_num_seqs=3), SHAPE, 100, total_bytes=80 * GIB, occupied_bytes=0
     )
     assert fitting == 3 * 7
 
 
-def test_host_options(available) -> None:
+def test_host_pool_is_there_where_it_can_be_of_use(available) -> None:
     available(100 * GIB)
-    assert num_host_blocks(config(device_kv_blocks=7), SHAPE, 10) == 7
-    assert num_host_blocks(config(host_kv_gb=0.5), SHAPE, 10) == GIB // 2 // BLOCK_BYTES
-    assert num_host_blocks(config(device_kv_blocks=7, host_kv_gb=0.5), SHAPE, 10) == 7
+    default = DEFAULT_HOST_KV_BYTES // BLOCK_BYTES
+    assert num_host_blocks(config(), SHAPE, 10**6, "cuda") == default
+    assert num_host_blocks(config(), SHAPE, 10**6, "cpu") == 0
+    assert num_host_blocks(config(mode="asymmetric"), SHAPE, 10**6, "cpu") == default
+    assert num_host_blocks(config(mode="gpu-only", host_kv_gb=1), SHAPE, 10**6, "cuda") == 0
+    half = config(host_kv_gb=0.5)
+    assert num_host_blocks(half, SHAPE, 10, "cpu") == GIB // 2 // BLOCK_BYTES
+    with pytest.raises(CapacityError, match="less than one KV block"):
+        num_host_blocks(config(host_kv_gb=1e-6), SHAPE, 10, "cuda")
 
 
-@pytest.mark.parametrize(
-    "options", [{"host_kv_gb": 9}, {"device_kv_blocks": 9 * GIB // BLOCK_BYTES}]
-)
-def test_host_memory_does_not_suffice(available, options) -> None:
+def test_host_memory_does_not_suffice(available) -> None:
     available(8 * GIB)
-    with pytest.raises(CapacityError, match=r"needs 9\.0 GiB .* 8\.0 GiB are available; lower"):
-        num_host_blocks(config(**options), SHAPE, 10)
+    message = r"needs 9\.0 GiB .* 8\.0 GiB are available; lower --"
+    with pytest.raises(CapacityError, match=message + "host-kv-gb"):
+        num_host_blocks(config(host_kv_gb=9), SHAPE, 10, "cuda")
+    with pytest.raises(CapacityError, match=message + "device-kv-blocks"):
+        num_cpu_device_blocks(config(device_kv_blocks=9 * GIB // BLOCK_BYTES), SHAPE, 10)
 
 
 def test_gpu_budget() -> None:

@@ -77,13 +77,18 @@ def test_equals_transformers_own_generate(reference, prompts, alone) -> None:
         pytest.param({}, id="one-batch"),
         pytest.param({"max_num_seqs": 16, "max_num_batched_tokens": 31}, id="chunked"),
         pytest.param({"device_kv_blocks": 24, "block_size": 16}, id="preempted"),
+        pytest.param(
+            {"device_kv_blocks": 60, "host_kv_gb": 0.5, "mode": "asymmetric"}, id="asymmetric"
+        ),
     ],
 )
 def test_batched_equals_alone(default_model_folder, prompts, alone, options) -> None:
     with LLM(str(default_model_folder), dtype="float32", **options) as llm:
         outputs = llm.generate(prompts, PARAMS)
         assert [output.outputs[0].token_ids for output in outputs] == alone
-        if "device_kv_blocks" in options:
+        if options.get("mode") == "asymmetric":
+            assert llm.engine.stats.rows["cdec"] > 0
+        elif "device_kv_blocks" in options:
             assert llm.engine.stats.num_preemptions > 0
         llm.engine.runner.pool.check_integrity()
         assert llm.engine.runner.pool.num_used == 0
