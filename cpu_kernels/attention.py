@@ -36,8 +36,8 @@ class CpuAttention:
         num_threads: How many threads work on a call, the caller among them; default: all physical
             cores but one, at least 1.
         pin: Bind each thread but the caller's to a core.
-        spin_us: How long idle threads poll before they sleep, µs; default: 2,000 where a core is left
-            for the engine, else 0.
+        spin_us: How long idle threads poll before they sleep, µs; default: 2,000 where a core is
+            left for the engine, else 0.
 
     Raises:
         KernelBuildError: The kernels are not built.
