@@ -188,15 +188,43 @@ def test_no_gathers_or_scatters(kernel_cache: Path) -> None:
     assert re.findall(r"\tv(?:p?gather|p?scatter)\w+", listing) == []
 
 
-def test_ispc_compiles_for_arm(kernel_cache: Path, tmp_path: Path) -> None:
+def compile_ispc_for_arm(kernel_cache: Path, folder: Path) -> None:
+    """Compile every ISPC source for AArch64, with its header, into a folder."""
     ispc = ensure_ispc(kernel_cache, lambda message: None)
     for source in sorted((build_module.SOURCE_DIR / "csrc").glob("*.ispc")):
+        output = folder / f"{source.stem}.o"
         command = [ispc, source, "--arch=aarch64", "--target=neon-i32x8", "--pic"]
-        command += [*build_module.ISPC_FLAGS, "-o", tmp_path / "kernel.o"]
+        command += [*build_module.ISPC_FLAGS, "-o", output, "-h", folder / f"{source.stem}_ispc.h"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
-        assert (tmp_path / "kernel.o").read_bytes()[18] == 0xB7  # ELF machine: AArch64
+        assert is_arm_object(output)
+
+
+def is_arm_object(path: Path) -> bool:
+    return path.read_bytes()[18] == 0xB7  # the machine field of an ELF file
+
+
+def test_ispc_compiles_for_arm(kernel_cache: Path, tmp_path: Path) -> None:
+    compile_ispc_for_arm(kernel_cache, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="needs g++-aarch64-linux-gnu"
+)
+def test_cpp_compiles_for_arm(kernel_cache: Path, tmp_path: Path) -> None:
+    """All but the bindings, which need the Python headers of an Arm machine."""
+    compile_ispc_for_arm(kernel_cache, tmp_path)
+    for source in sorted((build_module.SOURCE_DIR / "csrc").glob("*.cpp")):
+        if source.stem.startswith("bindings"):
+            continue
+        output = tmp_path / f"{source.stem}.cpp.o"
+        command = ["aarch64-linux-gnu-g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
+        command += ["-fPIC", "-I", tmp_path, "-c", source, "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert is_arm_object(output)
 
 
 def test_is_built_does_not_need_ispc_to_run(
