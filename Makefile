@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 TEST_ARGS ?=
+# A folder that `neo build-kernels --export-ispc-objects` wrote, for machines without ISPC.
+ISPC_OBJECTS ?=
 RESULTS ?= $(or $(OUT),workloads/results)
 
 VENV := .venv
@@ -13,16 +15,17 @@ NEEDED_DISK_MB := 3000
 # GPU targets also run where the environment is ready-made and there is no $(VENV).
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 CPP_TESTS := tests/cpu_kernels/cpp
+GPU_BUILD = $(GPU_PYTHON) -m neo_cli.main build-kernels $(if $(ISPC_OBJECTS),--ispc-objects $(ISPC_OBJECTS))
 CXX_SOURCES = $(wildcard cpu_kernels/csrc/*.cpp cpu_kernels/csrc/*.h $(CPP_TESTS)/*.cpp $(CPP_TESTS)/*.h)
 SANITIZERS := thread address,undefined
 # What needs neither Python nor ISPC.
 SANITIZED := $(addprefix cpu_kernels/csrc/,service.cpp serving.cpp step.cpp thread_pool.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo format check test test-gpu sanitize bench bench-gpu clean
+.PHONY: help install build demo format check test test-gpu sanitize bench bench-gpu bench-pipeline clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(STAMP)  ## Make .venv with pinned dependencies and the embedded model
 
@@ -71,6 +74,7 @@ test: check build  ## Run all checks and tests that need no GPU
 	@$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-gpu:  ## Run every test that needs a GPU; fails if one was skipped
+	@$(GPU_BUILD)
 	@$(GPU_PYTHON) -m tests.run_gpu_tests $(TEST_ARGS)
 
 sanitize:  ## Run the C++ tests of thread pool and service under sanitizers
@@ -89,6 +93,10 @@ bench: build  ## Measure the CPU kernels beside plain reading of memory
 
 bench-gpu:  ## Measure the GPU path and print it beside its floors
 	@$(GPU_PYTHON) -m workloads.bench_gpu --out $(RESULTS)
+
+bench-pipeline:  ## Measure the parts of pipelined steps, and throughput by mode, on a GPU
+	@$(GPU_BUILD)
+	@$(GPU_PYTHON) -m workloads.bench_pipeline --out $(RESULTS)
 
 clean:  ## Remove .venv and what the tools left behind; the cache folder stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

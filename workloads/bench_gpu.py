@@ -59,7 +59,9 @@ def make_engine(device_kv_blocks: int | None) -> LLMEngine:
             device="cuda",
             max_model_len=8192,
             device_kv_blocks=device_kv_blocks,
-            scheduler=SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192),
+            scheduler=SchedulerConfig(
+                mode="gpu-only", max_num_seqs=256, max_num_batched_tokens=8192
+            ),
         )
     )
 
