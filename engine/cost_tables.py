@@ -79,11 +79,18 @@ def cost_model_key(runner: ModelRunner) -> CostModelKey:
         f"{config.num_layers}x{config.hidden_size}x{config.intermediate_size} "
         f"{config.num_q_heads}/{config.num_kv_heads}x{config.head_dim} vocab {config.vocab_size}"
     )
+    # Points reach as far as the pools do; sizes that differ little may share them.
+    device_blocks = _power_of_two_below(runner.pool.num_blocks)
+    host_blocks = _power_of_two_below(runner.host_pool.num_blocks if runner.host_pool else 0)
     is_cuda = runner.device.type == "cuda"
     return CostModelKey(
         gpu=torch.cuda.get_device_name(runner.device) if is_cuda else "none",
         cpu=cpu_name(),
         num_threads=runner.num_attention_threads,
-        model_shape=f"{shape}, {'host pool' if runner.host_pool else 'no host pool'}",
+        model_shape=f"{shape}, {device_blocks}+ device blocks, {host_blocks}+ host blocks",
         dtype=str(runner.dtype).removeprefix("torch."),
     )
+
+
+def _power_of_two_below(count: int) -> int:
+    return 1 << (count.bit_length() - 1) if count else 0

@@ -71,4 +71,6 @@ def _memlock(limit: int | None) -> str:
 
 
 def _gib(num_bytes: int) -> str:
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.0f} MiB"
     return f"{num_bytes / 2**30:.1f} GiB"

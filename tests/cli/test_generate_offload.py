@@ -44,9 +44,9 @@ def test_failed_cpu_attention_is_one_line_and_exit_1(neo, options, monkeypatch) 
     from engine.backends import doorbells, host_attention
 
     monkeypatch.setattr(host_attention, "DEFAULT_TIMEOUT_S", 0.5)
+    options[options.index("--device-kv-blocks") + 1] = 1
     assert neo("generate", *options, "--mode", "asymmetric", "x").code == 0  # profiles
     monkeypatch.setattr(doorbells.HostDoorbells, "ring", lambda *args: None)
-    options[options.index("--device-kv-blocks") + 1] = 1
     result = neo("generate", *options, "--mode", "asymmetric", "one two three four five " * 3)
     assert result.code == 1
     assert "neo: error: prompt 1: CPU attention failed: overdue" in result.err

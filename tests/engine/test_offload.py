@@ -12,10 +12,9 @@ from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-PROMPTS = [
-    [(7 * i + j) % 190 + 2 for j in range(length)] for i, length in enumerate((5, 40, 17) * 4)
-]
-BLOCKS_OF_ONE_PROMPT = 5
+HOST_OF_10_BLOCKS = 10 * 49_152 / 2**30
+LENGTHS = (5, 40, 17) * 4
+PROMPTS = [[(7 * i + j) % 190 + 2 for j in range(length)] for i, length in enumerate(LENGTHS)]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +52,14 @@ def test_all_modes_give_the_same_tokens(folder: Path, device: str) -> None:
         {"mode": "auto", "host_kv_gb": 0.02, "device_kv_blocks": 12},
         {"mode": "asymmetric", "host_kv_gb": 0.02, "device_kv_blocks": 12, "max_num_seqs": 5,
          "max_num_batched_tokens": 16},
+        {"mode": "asymmetric", "host_kv_gb": HOST_OF_10_BLOCKS, "device_kv_blocks": 6},
+        {"mode": "auto", "host_kv_gb": HOST_OF_10_BLOCKS, "device_kv_blocks": 6},
     ):  # fmt: skip
         with make_llm(folder, device, **options) as llm:
             assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected, options
             stats, runner = llm.engine.stats, llm.engine.runner
             if options["mode"] == "asymmetric":
+                assert stats.num_failed_steps == 0
                 assert stats.steps_by_mode["asymmetric"] > 0
                 assert stats.rows["cdec"] > 0
             assert runner.pool.num_used == 0
