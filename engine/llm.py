@@ -9,7 +9,7 @@ from engine.errors import RequestError
 from engine.llm_engine import ChatMessage, LLMEngine, Prompt
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
 
 _SCHEDULER_OPTIONS = tuple(SchedulerConfig.__dataclass_fields__)
 

@@ -16,7 +16,7 @@ from engine.request import FinishReason, Request
 from engine.runner import ModelRunner, StepResult
 from engine.sampler import TokenLogprobs
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
+from engine.scheduling.scheduler import Scheduler
 from engine.stats import EngineStats
 from engine.step_log import StepLog
 from engine.step_plan import StepPlan

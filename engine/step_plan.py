@@ -79,7 +79,7 @@ class StepPrediction:
     sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides, `prompt_copy_s` the
     copying of `cprf` rows' K and V, which runs beside the layers, and `fixed_s` what a step costs
     beside its layers. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill
-    tokens counted at what they cost (see `engine.step_former`).
+    tokens counted at what they cost (see `engine.scheduling.step_former`).
     """
 
     step_s: float

@@ -12,7 +12,7 @@ import typer
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError, StepError
 from engine.sampling_params import SamplingParams
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
 from neo_cli import options as opt
 from neo_cli.options import INTERRUPTED, OUTPUT_PANEL, SAMPLING_PANEL, default, option
 from neo_cli.prompts import ChatPrompt, InputPrompt, read_prompts

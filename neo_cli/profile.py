@@ -7,7 +7,7 @@ import typer
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.scheduler_config import SchedulerConfig
+from engine.scheduling.scheduler_config import SchedulerConfig
 from neo_cli import options as opt
 from neo_cli.options import default
 

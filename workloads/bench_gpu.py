@@ -17,7 +17,7 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from engine.llm_engine import LLMEngine
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
 from gpu_kernels.bench import run_bench
 from workloads.gpu_points import (
     decode_step_ms,

@@ -20,7 +20,7 @@ from engine.llm_engine import LLMEngine
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.scheduler_config import SchedulerConfig
+from engine.scheduling.scheduler_config import SchedulerConfig
 from engine.step_plan import ScheduledRequest, StepMode, StepPlan, SubBatch
 from workloads.gpu_points import run_to_end
 from workloads.model_shapes import model_shape_folder

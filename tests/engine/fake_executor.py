@@ -3,7 +3,7 @@
 from engine.cost_model import CostModel, load_of, predict
 from engine.kv_blocks import BlockPool
 from engine.request import Placement, RequestState
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.step_plan import StepMode, StepPlan, Swap
 
 Block = tuple[Placement, int]

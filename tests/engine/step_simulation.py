@@ -8,7 +8,7 @@ from engine.cost_model import AnalyticCostModel, HardwareSpec, ModelSpec, load_o
 from engine.kv_blocks import BlockPool
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, SchedulerConfig, StepPlan
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig, StepPlan
 from engine.step_plan import StepMode
 
 LLAMA2_7B = ModelSpec(

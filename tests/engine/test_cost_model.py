@@ -14,8 +14,8 @@ from engine.cost_model import (
     pipeline_s,
     predict,
 )
-from engine.dealing import dealt_loads, hidden_windows, prefix_sums
 from engine.errors import ConfigError
+from engine.scheduling.dealing import dealt_loads, hidden_windows, prefix_sums
 from tests.engine.cost_tables import COST_MODELS, make_cost_model
 from tests.engine.step_simulation import H200, LLAMA3_8B, T4
 

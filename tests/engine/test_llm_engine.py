@@ -11,7 +11,7 @@ from engine.errors import CheckpointError, RequestError
 from engine.llm_engine import LLMEngine
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
 from tests.engine.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.ispc
@@ -66,7 +66,7 @@ def engine(shared: LLMEngine):
 def assert_empty(engine: LLMEngine) -> None:
     engine.runner.pool.check_integrity()
     assert engine.runner.pool.num_used == 0
-    assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
+    assert engine.scheduling.scheduler.num_running == engine.scheduling.scheduler.num_waiting == 0
 
 
 def run(engine: LLMEngine) -> dict[str, RequestOutput]:

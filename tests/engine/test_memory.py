@@ -18,7 +18,7 @@ from engine.memory import (
     wanted_max_model_len,
 )
 from engine.model_config import ModelConfig
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
 from tests.engine.test_model_config import LLAMA
 
 GIB = 2**30

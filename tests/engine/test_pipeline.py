@@ -16,7 +16,7 @@ from engine.errors import StepError
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
 from engine.step_plan import ScheduledRequest, StepMode, StepPlan, SubBatch, Swap
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES

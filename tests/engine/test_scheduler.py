@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.kv_blocks import BlockPool
 from engine.request import FinishReason, Placement, Request, RequestState
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.step_plan import StepMode, StepPlan
 from tests.engine.cost_tables import COST_MODELS
 from tests.engine.fake_executor import FakeExecutor

@@ -7,7 +7,7 @@ import pytest
 from engine.errors import ConfigError
 from engine.kv_blocks import BlockPool
 from engine.request import FinishReason
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.step_plan import StepMode, StepPlan
 from tests.engine.cost_tables import make_cost_model
 from tests.engine.fake_executor import FakeExecutor, run_to_end

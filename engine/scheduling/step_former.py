@@ -14,7 +14,8 @@ at the price of the second read of the weights and of whatever wait the pipeline
 from collections.abc import Callable, Iterable, Sequence
 
 from engine.cost_model import CostModel, SubBatchLoad, load_of, predict
-from engine.dealing import (
+from engine.request import Placement, Request
+from engine.scheduling.dealing import (
     Deal,
     dealt_loads,
     hidden_in_one,
@@ -22,11 +23,10 @@ from engine.dealing import (
     one_load,
     prefix_sums,
 )
-from engine.prompt_admission import take_prompts
-from engine.request import Placement, Request
-from engine.scheduler_config import SchedulerConfig
+from engine.scheduling.prompt_admission import take_prompts
+from engine.scheduling.scheduler_config import SchedulerConfig
+from engine.scheduling.step_view import Choice, Draft, StepView
 from engine.step_plan import ScheduledRequest, StepMode, SubBatch
-from engine.step_view import Choice, Draft, StepView
 
 _LIMIT_PRECISION = 16
 """Prompt chunks are shrunk to the latency limit to within a 16th of what fits."""

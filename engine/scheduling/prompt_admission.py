@@ -5,8 +5,8 @@ takes a request if the policy wants more there, or if no device pool could ever 
 """
 
 from engine.request import Placement, Request
+from engine.scheduling.step_view import StepView
 from engine.step_plan import ScheduledRequest, SubBatch
-from engine.step_view import StepView
 
 
 def take_prompts(

@@ -5,10 +5,10 @@ or they are parked: the device ran out of blocks, and moving was cheaper than co
 """
 
 from engine.cost_model import CostModel
-from engine.offload_policy import OffloadPolicy
 from engine.request import Request
-from engine.residency import Residency
-from engine.scheduler_config import SchedulerConfig
+from engine.scheduling.offload_policy import OffloadPolicy
+from engine.scheduling.residency import Residency
+from engine.scheduling.scheduler_config import SchedulerConfig
 
 
 class SwapRules:

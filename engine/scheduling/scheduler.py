@@ -10,8 +10,8 @@ is computed at the latest after `max_skipped_steps` (parked ones: `max_parked_st
 step for each other host-resident row, since a due step computes at least the most overdue one.
 Prompts and waiting requests go in order of arrival, so only those that came first can hold them up.
 
-This file keeps the state: the queue, who runs, who holds blocks. `engine.step_former` chooses among
-the steps that are possible, `engine.offload_policy` says whether the host is worth using.
+This file keeps the state: the queue, who runs, who holds blocks. `step_former` chooses among the
+steps that are possible, `offload_policy` says whether the host is worth using.
 """
 
 import time
@@ -20,14 +20,14 @@ from collections.abc import Iterable, Sequence
 
 from engine.cost_model import CostModel
 from engine.kv_blocks import BlockPool
-from engine.offload_policy import OffloadPolicy
 from engine.request import FinishReason, Placement, Request, RequestState
-from engine.residency import Residency
-from engine.scheduler_config import SchedulerConfig
-from engine.step_former import StepFormer
+from engine.scheduling.offload_policy import OffloadPolicy
+from engine.scheduling.residency import Residency
+from engine.scheduling.scheduler_config import SchedulerConfig
+from engine.scheduling.step_former import StepFormer
+from engine.scheduling.step_view import Choice, StepView
+from engine.scheduling.swap_rules import SwapRules
 from engine.step_plan import ScheduledRequest, StepPlan
-from engine.step_view import Choice, StepView
-from engine.swap_rules import SwapRules
 
 __all__ = ["ScheduledRequest", "Scheduler", "SchedulerConfig", "StepPlan"]
 

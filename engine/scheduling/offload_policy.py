@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from engine.cost_model import CostModel, SubBatchLoad, predict
-from engine.dealing import dealt_loads, hidden_windows, one_load, prefix_sums
 from engine.request import Request
-from engine.scheduler_config import SchedulerConfig
+from engine.scheduling.dealing import dealt_loads, hidden_windows, one_load, prefix_sums
+from engine.scheduling.scheduler_config import SchedulerConfig
 
 _NUM_SAMPLED_WAITING = 64
 _MEMORY = 0.05
