@@ -66,7 +66,7 @@ def engine(shared: LLMEngine):
 def assert_empty(engine: LLMEngine) -> None:
     engine.runner.pool.check_integrity()
     assert engine.runner.pool.num_used == 0
-    assert engine.scheduling.scheduler.num_running == engine.scheduling.scheduler.num_waiting == 0
+    assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
 
 
 def run(engine: LLMEngine) -> dict[str, RequestOutput]:
