@@ -60,7 +60,9 @@ def hidden_windows(model: CostModel, base: SubBatchLoad, prefix: Sequence[int]) 
     num_rows = len(prefix) - 1
     window_s = model.linear_s(max(1, base.num_rows))
     second = _largest(num_rows, lambda n: model.cpu_attention_s(n, prefix[n]) <= window_s)
-    window_s = model.linear_s(max(1, second)) + device_attention_s(model, base)
+    # Without rows in the other sub-batch there is no other sub-batch to hide behind.
+    other_s = model.linear_s(second) if second else 0.0
+    window_s = other_s + device_attention_s(model, base)
     first = _largest(
         num_rows - second,
         lambda n: model.cpu_attention_s(n, prefix[second + n] - prefix[second]) <= window_s,

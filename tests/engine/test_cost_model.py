@@ -102,6 +102,14 @@ def test_dealing_deals_each_row_once_and_windows_hide_what_they_say(
         assert prediction.exposed_cpu_s <= last_s * (1 + 1e-9) + 1e-15
 
 
+def test_without_rows_in_the_second_sub_batch_it_hides_nothing() -> None:
+    """One row a little too long for the first sub-batch's linear layers."""
+    model = make_cost_model(cpu_token_s=1e-6)
+    base = SubBatchLoad(num_gdec=3, gdec_tokens=100, num_prefill_tokens=7)
+    just_too_long = int(model.linear_s(base.num_rows) / 1e-6) + 2
+    assert hidden_windows(model, base, prefix_sums([just_too_long])).num_hidden == 0
+
+
 def test_a_step_is_the_sum_of_its_parts() -> None:
     model = make_cost_model(num_layers=3)
     load = SubBatchLoad(num_gdec=2, gdec_tokens=1000, num_prefill_tokens=98)
