@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from engine.sampling_params import SamplingParams
 
-
 PENDING_TOKEN = -1
 """Stands for a token that a step in flight samples."""
 
