@@ -87,6 +87,11 @@ class Request:
         return self.num_pending_tokens > 0 and self.num_output_tokens >= self.max_new_tokens
 
     @property
+    def last_token_id(self) -> int:
+        """The newest token that is known."""
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that still have to go through the model before the next one can be sampled."""
         return self.num_tokens - self.num_computed_tokens

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from engine.runner import StepResult
+from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan
 
 
@@ -47,7 +47,7 @@ class EngineStats:
             self.rows["cprf"] += sum(item.num_tokens for item in sub_batch.cprf)
         self.decode_tokens += plan.num_decodes
         self.prefill_tokens += plan.num_tokens - plan.num_decodes
-        self.generated_tokens += len(plan.sampling)
+        self.generated_tokens += sum(not item.request.is_finished for item in plan.sampling)
         self.num_preemptions += len(plan.preempted)
         self.swapped_out_blocks += sum(len(swap.device_blocks) for swap in plan.swaps_out)
         self.swapped_in_blocks += sum(len(swap.device_blocks) for swap in plan.swaps_in)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.errors import ConfigError
-from engine.runner import ModelRunner, StepResult
+from engine.runner import ModelRunner
+from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan
 
 

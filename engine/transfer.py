@@ -14,10 +14,10 @@ class HostCopy:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
-        self._tensor = tensor
+        # A copy in any case: the caller may write the next step's values to the same place.
+        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._tensor.copy_(tensor, non_blocking=True)
         if tensor.is_cuda:
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(tensor.device))
 

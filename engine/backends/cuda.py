@@ -19,7 +19,25 @@ from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.tiles import decode_num_splits, num_multiprocessors
 from gpu_kernels.warmup import ModelShape, precompile
+
+
+class StreamMark:
+    """A point in the work of a GPU's current stream.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(torch.cuda.current_stream(device))
+
+    def seconds_since(self, earlier: "StreamMark") -> float:
+        """Return the time between two points that have been passed."""
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1000
 
 
 class CudaBackend:
@@ -55,6 +73,21 @@ class CudaBackend:
     def num_attention_threads(self) -> int:
         """Threads of CPU attention, 0 without a host pool."""
         return self._kernels.num_threads if self._kernels is not None else 0
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the host can go ahead; see `Backend`."""
+        return True
+
+    def mark(self) -> "StreamMark":
+        """Mark the point after all work launched so far; see `Backend`."""
+        return StreamMark(self.device)
+
+    def num_decode_splits(self, num_seqs: int, max_seq_len: int) -> int:
+        """Return the splits of decode attention; see `Backend`."""
+        num_kv_heads = self._checked_shape().num_kv_heads
+        sms = num_multiprocessors(self.device)
+        return decode_num_splits(num_seqs, num_kv_heads, max_seq_len, sms)
 
     def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Compile the model's kernels, or load them from Triton's cache."""
@@ -124,10 +157,13 @@ class CudaBackend:
         if self._host is not None:
             self._host.begin_step(batches)
 
-    def end_step(self) -> HostStepTimes | None:
-        """Wait for the CPU; see `Backend`."""
+    def close_step(self) -> None:
+        """Let later work wait for the step's copies; see `Backend`."""
         if self._staging is not None:
             self._staging.join()
+
+    def end_step(self) -> HostStepTimes | None:
+        """Wait for the CPU; see `Backend`."""
         return self._host.end_step() if self._host is not None else None
 
     def abandon_step(self, reason: str) -> None:
@@ -259,6 +295,7 @@ class CudaBackend:
                 rows.seq_lens[:num_decodes],
                 scale,
                 max_seq_len=max(rows.context_lens[:num_decodes]),
+                num_splits=rows.num_splits,
             )
         if rows.num_tokens > num_decodes:
             paged_prefill_attention(
