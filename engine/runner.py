@@ -118,11 +118,12 @@ class ModelRunner:
         try:
             if is_graph:
                 assert self._graphs is not None
+                self._backend.join_copies()  # a graph cannot wait for them layer by layer
                 tokens = self._graphs.launch(plan.scheduled)
             else:
                 tokens = self._launch_eagerly(plan)
             self._feedback.note(item.request for item in plan.sampling)
-            self._backend.close_step()
+            self._backend.join_copies()
         except BaseException as error:
             self._backend.abandon_step(f"{type(error).__name__} on the device")
             if uses_host:

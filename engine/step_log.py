@@ -78,6 +78,9 @@ def _measured(result: StepResult) -> dict[str, object]:
     measured: dict[str, object] = {
         "step_s": result.step_s,
         "launch_s": result.launch_s,
+        "device_s": result.device_s,
+        "device_busy_s": result.device_busy_s,
+        "is_graph": result.is_graph,
     }
     if result.host is not None:
         measured |= asdict(result.host)

@@ -129,8 +129,8 @@ class Backend(Protocol):
     def begin_step(self, batches: Sequence[Batch]) -> None:
         """Announce a step: lane `i` of the calls that follow is `batches[i]`."""
 
-    def close_step(self) -> None:
-        """Let work launched after this wait for everything that the step still copies."""
+    def join_copies(self) -> None:
+        """Let work launched after this wait for all copies between host and device so far."""
 
     def end_step(self) -> HostStepTimes | None:
         """Wait until the CPU has left the step, before the next one is announced.

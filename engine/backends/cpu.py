@@ -120,7 +120,7 @@ class CpuBackend:
         if self._host is not None:
             self._host.begin_step(batches)
 
-    def close_step(self) -> None:
+    def join_copies(self) -> None:
         """Nothing to do: copies are made at once."""
 
     def end_step(self) -> HostStepTimes | None:
