@@ -20,6 +20,9 @@ from engine.scheduling.scheduler import Scheduler
 from engine.stats import EngineStats
 from engine.step_log import StepLog
 from engine.step_plan import StepPlan
+from engine.structured_output import StructuredOutput
+from engine.structured_output.compiler import GrammarCompiler
+from engine.structured_output.matcher import GrammarMatcher
 
 Prompt = str | Sequence[int]
 ChatMessage = Mapping[str, Any]
@@ -61,6 +64,7 @@ class LLMEngine:
         self._is_measured = host_pool is not None or limits.tpot_limit_ms is not None
         self._cost_model = make_cost_model(self._runner, on_progress, needed=self._is_measured)
         self._scheduler = Scheduler(limits, self._runner.pool, host_pool, self._cost_model)
+        self._grammars = self._make_grammar_compiler()
         self._step_log = None if config.log_steps is None else StepLog(config.log_steps)
         self._streams: dict[str, OutputStream] = {}
         self._rng = random.Random(config.seed)
@@ -93,7 +97,8 @@ class LLMEngine:
 
         Raises:
             RequestError: The id is taken, or the prompt is empty, too long or out of vocabulary,
-                or stop strings or a logit bias do not go with the model.
+                stop strings or a logit bias do not go with the model, or the structured output
+                that is asked for is invalid.
         """
         if request_id in self._streams:
             raise RequestError(f"request id {request_id!r} is already in use")
@@ -103,6 +108,8 @@ class LLMEngine:
         self._check_bias(params)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the model folder has none")
+        wanted = params.structured_output
+        grammar = None if wanted is None else self.compile_grammar(wanted)
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -110,6 +117,7 @@ class LLMEngine:
             max_total_tokens=self.max_model_len,
             eos_token_ids=self._runner.model_config.eos_token_ids,
             seed=self._rng.getrandbits(64) if params.seed is None else params.seed,
+            grammar=grammar,
         )
         self._streams[request_id] = OutputStream(
             request=request,
@@ -118,6 +126,24 @@ class LLMEngine:
             logprobs=None if params.logprobs is None else [],
         )
         self._scheduler.add(request)
+
+    def compile_grammar(self, wanted: StructuredOutput) -> GrammarMatcher:
+        """Check a grammar and keep it compiled, so that requests for it start at once.
+
+        Any thread may call it, also while a step runs: a large grammar takes a while.
+
+        Raises:
+            RequestError: The grammar is invalid, or there is no tokenizer.
+        """
+        if self._grammars is None:
+            raise RequestError("structured output needs a tokenizer, and the model folder has none")
+        return self._grammars.matcher(wanted)
+
+    def _make_grammar_compiler(self) -> GrammarCompiler | None:
+        if self.tokenizer is None:
+            return None
+        model = self._runner.model_config
+        return GrammarCompiler(self.tokenizer, model.vocab_size, model.eos_token_ids)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, with the special tokens that the model puts around it.

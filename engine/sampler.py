@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.request import Request
+from engine.structured_output.mask import forbid_tokens
 
 _MASK_64 = 2**64 - 1
 
@@ -60,6 +61,9 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> SampledTokens:
     if not requests:
         return SampledTokens([], [])
     raw = logits.clone() if any(r.params.logprobs is not None for r in requests) else None
+    guided = [row for row, request in enumerate(requests) if request.grammar is not None]
+    if guided:
+        forbid_tokens(logits, requests, guided)
     _adjust(logits, requests)
     token_ids = logits.argmax(dim=-1)
     drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
@@ -95,7 +99,7 @@ def _adjust(logits: torch.Tensor, requests: Sequence[Request]) -> None:
         if params.logit_bias:
             bias = torch.tensor(list(params.logit_bias.values()), device=logits.device)
             logits[row, list(params.logit_bias)] += bias
-        if len(request.output_token_ids) < params.min_tokens:
+        if len(request.output_token_ids) < params.min_tokens and request.grammar is None:
             banned = [token_id for token_id in request.stop_ids if token_id < vocab_size]
             logits[row, banned] = float("-inf")
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from engine.errors import RequestError
+from engine.structured_output.spec import StructuredOutput
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -30,6 +31,8 @@ class SamplingParams:
         max_tokens: Most tokens to generate, at least 1; None is up to the context limit.
         min_tokens: No stop condition holds before this many tokens.
         logprobs: Return the log-probabilities of the sampled token and of this many likeliest ones.
+        structured_output: The form that the output must have. It may end only where its grammar
+            may end; where nothing but the end is possible the request stops.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string at the end of the text.
 
@@ -52,6 +55,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    structured_output: StructuredOutput | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -118,6 +122,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Whether sampling a token takes the values of all tokens before it, on the host."""
+        return self.has_penalties or self.structured_output is not None
 
     @property
     def has_penalties(self) -> bool:
