@@ -24,16 +24,14 @@ class StructuredOutput:
         RequestError: None or several are given, or the schema is no JSON.
     """
 
-    json_schema: str | Mapping[str, Any] | bool | None = None
+    json_schema: str | Mapping[str, Any] | None = None
     json_object: bool = False
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
-        if self.json_schema is False:
-            given.append("json_schema")  # a schema that accepts nothing; the compiler says so
+        given = [field.name for field in fields(self) if self._is_given(field.name)]
         if len(given) != 1:
             names = ", ".join(field.name for field in fields(self))
             got = " and ".join(given) or "none"
@@ -50,9 +48,11 @@ class StructuredOutput:
     @property
     def kind(self) -> str:
         """The name of the field that is given."""
-        if self.json_object:
-            return "json_object"
-        return next(f.name for f in fields(self) if getattr(self, f.name) not in (None, False))
+        return next(field.name for field in fields(self) if self._is_given(field.name))
+
+    def _is_given(self, name: str) -> bool:
+        value = getattr(self, name)
+        return value is True if name == "json_object" else value is not None
 
 
 def _schema_text(schema: object) -> str:
@@ -61,7 +61,7 @@ def _schema_text(schema: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise RequestError(f"json_schema is not JSON: {error}") from error
-    if not isinstance(value, dict | bool):
+    if not isinstance(value, dict):
         raise RequestError(f"json_schema must be an object, got {text[:80]}")
     return text
 
