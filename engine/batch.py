@@ -100,6 +100,25 @@ class HostDecodeRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRows:
+    """Rows of one request whose next tokens are known and are to be scored.
+
+    Args:
+        request_id: Whose.
+        first_row: Of the batch; the others follow.
+        start: Index in the prompt of the token that comes after the first row.
+        token_ids: The tokens that come next, one a row.
+        num_top: How many of the likeliest tokens are wanted beside each.
+    """
+
+    request_id: str
+    first_row: int
+    start: int
+    token_ids: list[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A sub-batch's input.
 
@@ -110,6 +129,7 @@ class Batch:
         device_rows: The first rows; may be empty.
         host_prefills: The next rows, if there are any.
         host_decodes: The last rows, if there are any.
+        scored: Prompt rows whose next tokens' log-probabilities are wanted.
     """
 
     input_ids: torch.Tensor
@@ -118,6 +138,7 @@ class Batch:
     device_rows: PagedRows
     host_prefills: HostPrefillRows | None = None
     host_decodes: HostDecodeRows | None = None
+    scored: Sequence[ScoredRows] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +195,7 @@ class BatchBuilder:
             device_rows=device_rows.take(sent),
             host_prefills=staged.take(sent) if sub_batch.cprf else None,
             host_decodes=self._host_decodes(sub_batch.cdec) if sub_batch.cdec else None,
+            scored=_scored_rows(items),
         )
 
     @property
@@ -288,6 +310,25 @@ def _input_ids(items: Sequence[ScheduledRequest]) -> Ints:
     for item in items:
         ids.extend(item.request.token_ids(item.start, item.end))
     return np.asarray(ids, dtype=np.int64)
+
+
+def _scored_rows(items: Sequence[ScheduledRequest]) -> list[ScoredRows]:
+    scored, row = [], 0
+    for item in items:
+        first, num_scored = item.start + 1, item.num_scored
+        params = item.request.params
+        if num_scored and params.prompt_logprobs is not None:
+            scored.append(
+                ScoredRows(
+                    request_id=item.request.request_id,
+                    first_row=row,
+                    start=first,
+                    token_ids=item.request.token_ids(first, first + num_scored),
+                    num_top=params.prompt_logprobs,
+                )
+            )
+        row += item.num_tokens
+    return scored
 
 
 def _slots(item: ScheduledRequest, table: Ints, block_size: int) -> Ints:

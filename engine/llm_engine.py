@@ -124,6 +124,7 @@ class LLMEngine:
             prompt=prompt if isinstance(prompt, str) else None,
             detokenizer=self._detokenizer(params),
             logprobs=None if params.logprobs is None else [],
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(token_ids),
         )
         self._scheduler.add(request)
 
@@ -248,6 +249,8 @@ class LLMEngine:
                 self.abort_request(request.request_id)
             raise
         self._record(plan, result)
+        for scores in result.prompt_scores:
+            self._streams[scores.request_id].add_prompt_scores(scores)
         sampling = plan.sampling
         self._scheduler.complete_step(plan, result.sampled.token_ids)
         return [
@@ -264,7 +267,7 @@ class LLMEngine:
         )
         if self._step_log is not None:
             self._step_log.write(plan, result, runner, None)
-        if plan.prediction is not None:
+        if plan.prediction is not None and not result.prompt_scores:  # no model of scoring's time
             self._cost_model.observe(plan.prediction, result.measurement)
 
     def _fail_step(self, plan: StepPlan, message: str) -> list[RequestOutput]:

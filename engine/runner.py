@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,7 +14,7 @@ from engine.backends import (
     make_backend,
     resolve_device,
 )
-from engine.batch import BatchBuilder
+from engine.batch import Batch, BatchBuilder
 from engine.checkpoint import Checkpoint
 from engine.config import DTYPES, EngineConfig
 from engine.cost_model.table import StepTables
@@ -28,9 +28,10 @@ from engine.memory import (
     wanted_max_model_len,
 )
 from engine.model_config import ModelConfig
-from engine.models import DecoderModel, load_weights, make_dummy_weights
+from engine.models import DecoderModel, FinalStates, load_weights, make_dummy_weights
 from engine.models.weights import allocate_weights
 from engine.profiler import Profiler
+from engine.prompt_scoring import PromptScores, score_prompts
 from engine.request import Request
 from engine.sampler import SampledTokens, sample
 from engine.sampling_params import SamplingParams
@@ -48,12 +49,14 @@ class StepResult:
         step_s: Wall time, everything included.
         launch_s: Of it, until the device had all of its work but for sampling.
         host: What the CPU did; None if it had nothing to do.
+        prompt_scores: Log-probabilities of prompt tokens, of requests that want them.
     """
 
     sampled: SampledTokens
     step_s: float
     launch_s: float
     host: HostStepTimes | None
+    prompt_scores: list[PromptScores] = field(default_factory=list)
 
     @property
     def measurement(self) -> StepMeasurement:
@@ -137,9 +140,11 @@ class ModelRunner:
         batches = [self._builder.build(s) for s in plan.sub_batches if s.num_tokens]
         self._backend.begin_step(batches)
         try:
-            logits = torch.cat(self._model.forward(batches))
+            states = self._model.run_layers(batches)
+            logits = torch.cat(self._model.sampling_logits(states, batches))
             launch_s = time.perf_counter() - start
             sampled = sample(logits, [item.request for item in plan.sampling])
+            scores = self._prompt_scores(states, batches)
         except BaseException as error:
             self._backend.abandon_step(f"{type(error).__name__} on the device")
             with contextlib.suppress(StepError):
@@ -147,7 +152,18 @@ class ModelRunner:
             raise
         host = self._backend.end_step()
         step_s = time.perf_counter() - start
-        return StepResult(sampled=sampled, step_s=step_s, launch_s=launch_s, host=host)
+        return StepResult(
+            sampled=sampled, step_s=step_s, launch_s=launch_s, host=host, prompt_scores=scores
+        )
+
+    def _prompt_scores(
+        self, states: Sequence[FinalStates], batches: Sequence[Batch]
+    ) -> list[PromptScores]:
+        return [
+            score
+            for lane, batch in zip(states, batches, strict=True)
+            for score in score_prompts(self._model, lane, batch.scored)
+        ]
 
     def profile(self, on_progress: Callable[[str], None]) -> StepTables:
         """Measure the parts of a step; the runner must be idle, and what its pools hold is lost."""
