@@ -12,6 +12,7 @@ from engine.llm_engine import LLMEngine
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
+from engine.structured_output import StructuredOutput
 from tests.engine.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.ispc
@@ -140,6 +141,11 @@ def test_the_context_ends_a_request_with_length(engine: LLMEngine) -> None:
         ([-1], None, "prompt token ids must be from 0 to 198"),
         ("text", None, "a text prompt needs a tokenizer, and the model folder has none"),
         ([5], SamplingParams(stop="x"), "stop strings need a tokenizer"),
+        (
+            [5],
+            SamplingParams(structured_output=StructuredOutput(regex="a")),
+            "structured output needs a tokenizer",
+        ),
         ([5], SamplingParams(logit_bias={199: 1.0}), "logit_bias token ids must be from 0 to 198"),
     ],
 )
