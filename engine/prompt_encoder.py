@@ -38,16 +38,35 @@ class PromptEncoder:
             RequestError: The text is empty, or there is no tokenizer.
         """
         if self.tokenizer is None:
-            raise RequestError("a text prompt needs a tokenizer, and the model folder has none")
+            raise RequestError(
+                "a text prompt needs a tokenizer, and the model folder has none", field="prompt"
+            )
         if not text:
-            raise RequestError("the prompt is empty; give at least one character")
+            raise RequestError("the prompt is empty; give at least one character", field="prompt")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"the prompt is not valid text: a lone surrogate at character {error.start}"
+                f"the prompt is not valid text: a lone surrogate at character {error.start}",
+                field="prompt",
             ) from error
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of some tokens.
+
+        Raises:
+            RequestError: There is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError("text needs a tokenizer, and the model folder has none")
+        return str(
+            self.tokenizer.decode(
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
 
     def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
@@ -60,14 +79,17 @@ class PromptEncoder:
         """
         if not self.has_chat_template:
             raise RequestError(
-                "the model has no chat template; give it a plain prompt (neo generate --raw)"
+                "the model has no chat template; give it a plain prompt (neo generate --raw)",
+                field="messages",
             )
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # whatever the model's own template raises
-            raise RequestError(f"the chat template refuses the messages: {error}") from error
+            raise RequestError(
+                f"the chat template refuses the messages: {error}", field="messages"
+            ) from error
         return self.tokenize(text, add_special_tokens=False)
 
 

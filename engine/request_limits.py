@@ -48,13 +48,25 @@ class RequestLimits:
         """
         if not token_ids:
             raise RequestError("the prompt is empty; give at least one token", field="prompt")
-        if max(token_ids) >= self.vocab_size or min(token_ids) < 0:
-            raise RequestError(
-                f"prompt token ids must be from 0 to {self.vocab_size - 1}", field="prompt"
-            )
+        self.check_vocabulary(token_ids, "prompt")
         if len(token_ids) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens; with a context of {self.max_model_len} "
                 f"tokens it may have {self.max_model_len - 1}; shorten it or raise --max-model-len",
                 field="prompt",
+            )
+
+    def check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
+        """Check that the model knows some tokens.
+
+        Args:
+            token_ids: The tokens.
+            field: Where they stand in the request.
+
+        Raises:
+            RequestError: It does not.
+        """
+        if max(token_ids, default=0) >= self.vocab_size or min(token_ids, default=0) < 0:
+            raise RequestError(
+                f"{field} token ids must be from 0 to {self.vocab_size - 1}", field=field
             )
