@@ -1,5 +1,6 @@
 """The engine: requests go in, tokens and text come out, one step at a time."""
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,17 @@ from engine.outputs import RequestOutput
 from engine.prompt_encoder import ChatMessage, load_prompt_encoder
 from engine.request import FinishReason, Request
 from engine.request_limits import RequestLimits
-from engine.runner import ModelRunner, StepResult
+from engine.runner import ModelRunner
 from engine.sampler import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.stats import EngineStats
+from engine.step_in_flight import StepInFlight, StepResult
 from engine.step_log import StepLog, StepObserver
 from engine.step_plan import StepPlan
+
+_News = tuple[Request, TokenLogprobs | None]
+"""A request that got a token, and the token's log-probabilities if they were asked for."""
 
 Prompt = str | Sequence[int]
 
@@ -68,6 +73,9 @@ class LLMEngine:
         if self._step_log is not None:
             self._step_observers.append(self._step_log.write)
         self._streams: dict[str, OutputStream] = {}
+        self._in_flight: StepInFlight | None = None
+        ahead = config.async_scheduling
+        self._goes_ahead = self._runner.runs_behind if ahead is None else ahead
         self._rng = random.Random(config.seed)
         self.stats = EngineStats(load_time_s=time.monotonic() - start)
 
@@ -150,42 +158,83 @@ class LLMEngine:
         self._step_observers.append(observer)
 
     def has_unfinished_requests(self) -> bool:
-        """Return whether there is anything left to do."""
-        return bool(self._streams)
+        """Return whether there is anything left to do, if only to take in a step that runs."""
+        return bool(self._streams) or self._in_flight is not None
 
     def has_request(self, request_id: str) -> bool:
         """Return whether there is such an unfinished request."""
         return request_id in self._streams
 
     def step(self) -> list[RequestOutput]:
-        """Run one step.
+        """Launch a step, and finish the one before it, or the same where nothing is gained by that.
 
         Returns:
-            One output for every request that got a token. If CPU attention fails, one for every
-            request of the step, finished with `error` and the message as `stop_reason`. Any other
-            error goes on after the step's requests were aborted.
+            One output for every request that got a token in the step that was finished; none where
+            the first step was launched. If CPU attention fails, one for every request of the step,
+            finished with `error` and the message as `stop_reason`. Any other error goes on after
+            the step's requests were aborted.
         """
+        outputs: list[RequestOutput] = []
+        news: list[_News] = []
+        before = self._in_flight
+        if before is not None and not before.lets_next_go_ahead:
+            self._in_flight = None
+            outputs += self._collect(before, news)
+            before = None
+        self._in_flight = self._launch_next(outputs)
+        if before is not None:
+            outputs += self._collect(before, news)
+        elif self._in_flight is not None and not self._goes_ahead:
+            launched, self._in_flight = self._in_flight, None
+            outputs += self._collect(launched, news)
+        # Last, because the device works meanwhile. A stop string that is found now may come after
+        # one more token was begun; that one is dropped.
+        streams = [(self._streams.get(request.request_id), entry) for request, entry in news]
+        return outputs + [self._advance(stream, entry) for stream, entry in streams if stream]
+
+    def _launch_next(self, outputs: list[RequestOutput]) -> StepInFlight | None:
+        """Plan a step and give it to the device; None if there is nothing to do or it failed."""
         plan = self._scheduler.plan_step()
         if plan.is_empty:
-            return []
+            return None
         if not self._is_measured:
             plan.prediction = plan.gpu_only_prediction = None
         try:
-            result = self._runner.execute(plan)
+            launched = self._runner.launch(plan)
+        except StepError as error:
+            outputs += self._fail_step(plan, str(error))
+            return None
+        except BaseException:
+            self._abandon(plan)
+            raise
+        self._scheduler.begin_step(plan)
+        return launched
+
+    def _collect(self, step: StepInFlight, news: list[_News]) -> list[RequestOutput]:
+        """Wait for a step and take its tokens; return outputs only if it failed."""
+        plan = step.plan
+        try:
+            result = self._runner.finish(step)
         except StepError as error:
             return self._fail_step(plan, str(error))
         except BaseException:
-            self._scheduler.abandon_step(plan)
-            for request in plan.requests:
-                self.abort_request(request.request_id)
+            self._abandon(plan)
             raise
         self._record(plan, result)
-        sampling = plan.sampling
+        live = [not item.request.is_finished for item in plan.sampling]
         self._scheduler.complete_step(plan, result.sampled.token_ids)
-        return [
-            self._advance(self._streams[item.request.request_id], logprobs)
-            for item, logprobs in zip(sampling, result.sampled.logprobs, strict=True)
-        ]
+        for item, logprobs, is_live in zip(
+            plan.sampling, result.sampled.logprobs, live, strict=True
+        ):
+            if is_live:
+                news.append((item.request, logprobs))
+        return []
+
+    def _abandon(self, plan: StepPlan) -> None:
+        """Give up a step after an error that is nobody's fault but ours, or an interruption."""
+        self._scheduler.abandon_step(plan)
+        for request in plan.requests:
+            self.abort_request(request.request_id)
 
     def _record(self, plan: StepPlan, result: StepResult) -> None:
         """Add a step to the statistics, the step log and the cost model's experience."""
@@ -252,6 +301,10 @@ class LLMEngine:
         """Abort what is left and release threads and memory."""
         for request_id in list(self._streams):
             self.abort_request(request_id)
+        if self._in_flight is not None:
+            with contextlib.suppress(StepError):
+                self._runner.finish(self._in_flight)
+            self._in_flight = None
         self._runner.close()
         if self._step_log is not None:
             self._step_log.close()

@@ -120,6 +120,11 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def needs_host_tokens(self) -> bool:
+        """Whether sampling a token takes the values of all tokens before it, on the host."""
+        return self.has_penalties
+
+    @property
     def has_penalties(self) -> bool:
         """Whether logits depend on the tokens seen so far."""
         return (

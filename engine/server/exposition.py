@@ -147,7 +147,15 @@ class MetricsCollector(Collector):
         yield self._counter(
             "rows", "Rows by kind: tokens of prefills, requests of decodes.", rows, "kind"
         )
+        yield self._counter(
+            "graph_steps", "Steps that were launched as a graph.", metrics.num_graph_steps
+        )
         yield self._counter("step_seconds", "Time in steps.", metrics.step_s)
+        yield self._counter(
+            "device_busy_seconds",
+            "Time the device had work it could do; over step_seconds, its busy share.",
+            metrics.device_busy_s,
+        )
         yield self._counter(
             "cpu_attention_seconds",
             "Time the CPU spent on attention; over step_seconds, its busy share.",

@@ -68,7 +68,9 @@ class Metrics:
         self.num_preemptions = 0
         self.swapped_out_blocks = 0
         self.swapped_in_blocks = 0
+        self.num_graph_steps = 0
         self.step_s = 0.0
+        self.device_busy_s = 0.0
         self.cpu_attention_s = 0.0
         self.cpu_waiting_s = 0.0
         self.predicted_s = dict.fromkeys(STAGES, 0.0)
@@ -140,6 +142,8 @@ class Metrics:
         self.swapped_out_blocks += step.swapped_out
         self.swapped_in_blocks += step.swapped_in
         self.step_s += step.duration_s
+        self.device_busy_s += step.device_busy_s
+        self.num_graph_steps += step.is_graph
         self.cpu_attention_s += sum(step.cpu_attention_s or ())
         self.cpu_waiting_s += step.cpu_waiting_s or 0.0
         if step.predicted is not None:

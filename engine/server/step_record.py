@@ -3,7 +3,8 @@
 import time
 from typing import Any, NamedTuple
 
-from engine.runner import ModelRunner, StepResult
+from engine.runner import ModelRunner
+from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan, StepPrediction, SubBatch
 
 
@@ -32,9 +33,11 @@ class Prediction(NamedTuple):
 class StepRecord(NamedTuple):
     """One step.
 
-    `start_s` is on the machine's monotonic clock. `launch_s` is the part of the step until the
-    device had all its work; `cpu_attention_s` (one entry a sub-batch) and `cpu_waiting_s` are what
-    the CPU's attention did and how long it was ready without rows; None where it had no part.
+    `start_s` is on the machine's monotonic clock. `launch_s` is what launching took of the engine's
+    time, `device_s` lasts from the step's first work on the device to its last, and of that the
+    device could work for `device_busy_s`. `cpu_attention_s` (one entry a sub-batch) and
+    `cpu_waiting_s` are what the CPU's attention did and how long it was ready without rows; None
+    where it had no part.
     """
 
     number: int
@@ -49,6 +52,9 @@ class StepRecord(NamedTuple):
     preempted: int
     predicted: Prediction | None
     launch_s: float
+    device_s: float
+    device_busy_s: float
+    is_graph: bool
     cpu_attention_s: tuple[float, ...] | None
     cpu_waiting_s: float | None
     error: str | None
@@ -94,6 +100,9 @@ class StepRecorder:
                 preempted=len(plan.preempted),
                 predicted=None if plan.prediction is None else _prediction(plan.prediction),
                 launch_s=0.0 if result is None else result.launch_s,
+                device_s=0.0 if result is None else result.device_s,
+                device_busy_s=0.0 if result is None else result.device_busy_s,
+                is_graph=result is not None and result.is_graph,
                 cpu_attention_s=None if host is None else host.attention_s,
                 cpu_waiting_s=None if host is None else host.waiting_s,
                 error=error,
