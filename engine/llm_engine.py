@@ -3,24 +3,26 @@
 import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.cost_tables import make_cost_model
 from engine.detokenizer import IncrementalDetokenizer
-from engine.errors import CheckpointError, RequestError, StepError
+from engine.errors import RequestError, StepError
 from engine.output_stream import OutputStream
 from engine.outputs import RequestOutput
+from engine.prompt_encoder import ChatMessage, load_prompt_encoder
 from engine.request import FinishReason, Request
+from engine.request_limits import RequestLimits
 from engine.runner import ModelRunner
 from engine.sampler import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.stats import EngineStats
 from engine.step_in_flight import StepInFlight, StepResult
-from engine.step_log import StepLog
+from engine.step_log import StepLog, StepObserver
 from engine.step_plan import StepPlan
 from engine.structured_output import StructuredOutput
 from engine.structured_output.compiler import GrammarCompiler
@@ -30,7 +32,6 @@ _News = tuple[Request, TokenLogprobs | None]
 """A request that got a token, and the token's log-probabilities if they were asked for."""
 
 Prompt = str | Sequence[int]
-ChatMessage = Mapping[str, Any]
 
 
 class LLMEngine:
@@ -58,19 +59,23 @@ class LLMEngine:
             ),
         )
         self.model_name = checkpoint.name
-        try:
-            self.tokenizer: Any = checkpoint.load_tokenizer()
-        except CheckpointError:
-            if config.load_format != "dummy":
-                raise
-            self.tokenizer = None  # dummy weights say nothing; tokens in, tokens out
+        self.prompt_encoder = load_prompt_encoder(checkpoint, config.load_format)
+        self.tokenizer: Any = self.prompt_encoder.tokenizer
         self._runner = ModelRunner(config, checkpoint, on_progress)
+        self.limits = RequestLimits(
+            vocab_size=self._runner.model_config.vocab_size,
+            max_model_len=self._runner.max_model_len,
+            has_tokenizer=self.tokenizer is not None,
+        )
         limits, host_pool = config.scheduler, self._runner.host_pool
         self._is_measured = host_pool is not None or limits.tpot_limit_ms is not None
         self._cost_model = make_cost_model(self._runner, on_progress, needed=self._is_measured)
         self._scheduler = Scheduler(limits, self._runner.pool, host_pool, self._cost_model)
         self._grammars = self._make_grammar_compiler()
         self._step_log = None if config.log_steps is None else StepLog(config.log_steps)
+        self._step_observers: list[StepObserver] = []
+        if self._step_log is not None:
+            self._step_observers.append(self._step_log.write)
         self._streams: dict[str, OutputStream] = {}
         self._in_flight: StepInFlight | None = None
         ahead = config.async_scheduling
@@ -91,7 +96,7 @@ class LLMEngine:
     @property
     def max_model_len(self) -> int:
         """Most tokens of a request, prompt and output together."""
-        return self._runner.max_model_len
+        return self.limits.max_model_len
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None
@@ -112,10 +117,7 @@ class LLMEngine:
             raise RequestError(f"request id {request_id!r} is already in use")
         params = params or SamplingParams()
         token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self._check_tokens(token_ids)
-        self._check_bias(params)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the model folder has none")
+        self.limits.check(token_ids, params)
         wanted = params.structured_output
         grammar = None if wanted is None else self.compile_grammar(wanted)
         request = Request(
@@ -155,50 +157,13 @@ class LLMEngine:
         return GrammarCompiler(self.tokenizer, model.vocab_size, model.eos_token_ids)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a text, with the special tokens that the model puts around it.
-
-        Raises:
-            RequestError: The text is empty, or there is no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise RequestError("a text prompt needs a tokenizer, and the model folder has none")
-        if not text:
-            raise RequestError("the prompt is empty; give at least one character")
-        return self._encode(text, add_special_tokens=True)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the prompt is not valid text: a lone surrogate at character {error.start}"
-            ) from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        """Return the tokens of a text; see `PromptEncoder.tokenize`."""
+        return self.prompt_encoder.tokenize(text)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat_prompt` works."""
-        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
-
-    def _check_tokens(self, token_ids: Sequence[int]) -> None:
-        vocab_size = self._runner.model_config.vocab_size
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        if max(token_ids) >= vocab_size or min(token_ids) < 0:
-            raise RequestError(f"prompt token ids must be from 0 to {vocab_size - 1}")
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; with a context of {self.max_model_len} "
-                f"tokens it may have {self.max_model_len - 1}; shorten it or raise --max-model-len"
-            )
-
-    def _check_bias(self, params: SamplingParams) -> None:
-        vocab_size = self._runner.model_config.vocab_size
-        largest = max(params.logit_bias, default=0)
-        if largest >= vocab_size:
-            raise RequestError(
-                f"logit_bias token ids must be from 0 to {vocab_size - 1}, got {largest}"
-            )
+        return self.prompt_encoder.has_chat_template
 
     def _detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer | None:
         if self.tokenizer is None:
@@ -212,27 +177,20 @@ class LLMEngine:
         )
 
     def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the tokens of a conversation, ready for the assistant's answer.
+        """Return the tokens of a conversation; see `PromptEncoder.chat_prompt`."""
+        return self.prompt_encoder.chat_prompt(messages)
 
-        Args:
-            messages: `{"role": ..., "content": ...}` each.
-
-        Raises:
-            RequestError: The model has no chat template, or it refuses the messages.
-        """
-        if not self.has_chat_template:
-            raise RequestError("the model has no chat template; use --raw")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # whatever the model's own template raises
-            raise RequestError(f"the chat template refuses the messages: {error}") from error
-        return self._encode(text, add_special_tokens=False)
+    def observe_steps(self, observer: StepObserver) -> None:
+        """Have `observer` called with every step, right after it was measured or failed."""
+        self._step_observers.append(observer)
 
     def has_unfinished_requests(self) -> bool:
-        """Return whether there is anything left to do."""
-        return bool(self._streams)
+        """Return whether there is anything left to do, if only to take in a step that runs."""
+        return bool(self._streams) or self._in_flight is not None
+
+    def has_request(self, request_id: str) -> bool:
+        """Return whether there is such an unfinished request."""
+        return request_id in self._streams
 
     def step(self) -> list[RequestOutput]:
         """Launch a step, and finish the one before it, or the same where nothing is gained by that.
@@ -316,16 +274,16 @@ class LLMEngine:
         self.stats.record(
             plan, result, runner.pool.num_used, host_pool.num_used if host_pool else 0
         )
-        if self._step_log is not None:
-            self._step_log.write(plan, result, runner, None)
+        for observe in self._step_observers:
+            observe(plan, result, runner, None)
         if plan.prediction is not None and not step.prompt_scores:  # no model of scoring's time
             self._cost_model.observe(plan.prediction, result.measurement)
 
     def _fail_step(self, plan: StepPlan, message: str) -> list[RequestOutput]:
         """End a failed step's requests with an error; the others and the engine go on."""
         self.stats.num_failed_steps += 1
-        if self._step_log is not None:
-            self._step_log.write(plan, None, self._runner, message)
+        for observe in self._step_observers:
+            observe(plan, None, self._runner, message)
         self._scheduler.abandon_step(plan)
         outputs = [
             self._end(request.request_id, FinishReason.ERROR, message) for request in plan.requests

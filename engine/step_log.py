@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +11,9 @@ from engine.errors import ConfigError
 from engine.runner import ModelRunner
 from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan
+
+StepObserver = Callable[[StepPlan, StepResult | None, ModelRunner, str | None], None]
+"""Called with a step's plan, what was measured (None if it failed), the runner, and its error."""
 
 
 class StepLog:
