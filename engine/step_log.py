@@ -4,11 +4,13 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from engine.errors import ConfigError
-from engine.runner import ModelRunner, StepResult
 from engine.step_plan import StepPlan
+
+if TYPE_CHECKING:  # the simulator writes the same lines and needs no model
+    from engine.runner import ModelRunner, StepResult
 
 
 class StepLog:
@@ -29,7 +31,11 @@ class StepLog:
         self._num_steps = 0
 
     def write(
-        self, plan: StepPlan, result: StepResult | None, runner: ModelRunner, error: str | None
+        self,
+        plan: StepPlan,
+        result: "StepResult | None",
+        runner: "ModelRunner",
+        error: str | None,
     ) -> None:
         """Write one step.
 
@@ -39,27 +45,12 @@ class StepLog:
             runner: Whose pools are in use.
             error: Why it failed.
         """
+        now = time.time()
         line = {
             "step": self._num_steps,
-            "time_s": round(time.time(), 6),
-            "mode": plan.mode.value,
-            "reason": plan.reason,
-            "sub_batches": [
-                {
-                    "gdec": len(s.gdec),
-                    "gprf": sum(item.num_tokens for item in s.gprf),
-                    "cprf": sum(item.num_tokens for item in s.cprf),
-                    "cdec": len(s.cdec),
-                    "gdec_tokens": sum(item.end for item in s.gdec),
-                    "cdec_tokens": sum(item.end for item in s.cdec),
-                }
-                for s in plan.sub_batches
-            ],
-            "swapped_out": sum(len(swap.device_blocks) for swap in plan.swaps_out),
-            "swapped_in": sum(len(swap.device_blocks) for swap in plan.swaps_in),
-            "preempted": len(plan.preempted),
-            "predicted": asdict(plan.prediction) if plan.prediction else None,
-            "gpu_only": asdict(plan.gpu_only_prediction) if plan.gpu_only_prediction else None,
+            "time_s": round(now, 6),
+            "start_s": round(now - (result.step_s if result is not None else 0.0), 6),
+            **step_fields(plan),
             "measured": None if result is None else _measured(result),
             "device_blocks": runner.pool.num_used,
             "host_blocks": runner.host_pool.num_used if runner.host_pool else 0,
@@ -73,7 +64,31 @@ class StepLog:
         self._file.close()
 
 
-def _measured(result: StepResult) -> dict[str, object]:
+def step_fields(plan: StepPlan) -> dict[str, Any]:
+    """Return what a line says of a step's plan."""
+    return {
+        "mode": plan.mode.value,
+        "reason": plan.reason,
+        "sub_batches": [
+            {
+                "gdec": len(s.gdec),
+                "gprf": sum(item.num_tokens for item in s.gprf),
+                "cprf": sum(item.num_tokens for item in s.cprf),
+                "cdec": len(s.cdec),
+                "gdec_tokens": sum(item.end for item in s.gdec),
+                "cdec_tokens": sum(item.end for item in s.cdec),
+            }
+            for s in plan.sub_batches
+        ],
+        "swapped_out": sum(len(swap.device_blocks) for swap in plan.swaps_out),
+        "swapped_in": sum(len(swap.device_blocks) for swap in plan.swaps_in),
+        "preempted": len(plan.preempted),
+        "predicted": asdict(plan.prediction) if plan.prediction else None,
+        "gpu_only": asdict(plan.gpu_only_prediction) if plan.gpu_only_prediction else None,
+    }
+
+
+def _measured(result: "StepResult") -> dict[str, object]:
     measured: dict[str, object] = {
         "step_s": result.step_s,
         "launch_s": result.launch_s,

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from engine.errors import NeoError
+from neo_cli.bench import bench
 from neo_cli.build_kernels import build_kernels
 from neo_cli.generate import generate
 from neo_cli.info import info
@@ -45,6 +46,7 @@ def _options(
     """Serve large language models when GPU memory is the bottleneck."""
 
 
+app.command("bench")(bench)
 app.command("build-kernels")(build_kernels)
 app.command("generate")(generate)
 app.command("info")(info)
