@@ -6,8 +6,9 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import RequestError
-from engine.llm_engine import ChatMessage, LLMEngine, Prompt
+from engine.llm_engine import LLMEngine, Prompt
 from engine.outputs import RequestOutput
+from engine.prompt_encoder import ChatMessage
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
 

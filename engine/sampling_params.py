@@ -112,12 +112,17 @@ class SamplingParams:
     @staticmethod
     def _check(ok: bool, name: str, expected: str, got: object) -> None:
         if not ok:
-            raise RequestError(f"{name} must be {expected}, got {got}")
+            raise RequestError(f"{name} must be {expected}, got {got}", field=name)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Whether sampling a token takes the values of all tokens before it, on the host."""
+        return self.has_penalties
 
     @property
     def has_penalties(self) -> bool:

@@ -2,15 +2,19 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TextIO
 
 from engine.errors import ConfigError
+from engine.runner import ModelRunner
+from engine.step_fields import step_fields
+from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan
 
-if TYPE_CHECKING:  # the simulator writes the same lines and needs no model
-    from engine.runner import ModelRunner, StepResult
+StepObserver = Callable[[StepPlan, StepResult | None, ModelRunner, str | None], None]
+"""Called with a step's plan, what was measured (None if it failed), the runner, and its error."""
 
 
 class StepLog:
@@ -31,11 +35,7 @@ class StepLog:
         self._num_steps = 0
 
     def write(
-        self,
-        plan: StepPlan,
-        result: "StepResult | None",
-        runner: "ModelRunner",
-        error: str | None,
+        self, plan: StepPlan, result: StepResult | None, runner: ModelRunner, error: str | None
     ) -> None:
         """Write one step.
 
@@ -64,34 +64,13 @@ class StepLog:
         self._file.close()
 
 
-def step_fields(plan: StepPlan) -> dict[str, Any]:
-    """Return what a line says of a step's plan."""
-    return {
-        "mode": plan.mode.value,
-        "reason": plan.reason,
-        "sub_batches": [
-            {
-                "gdec": len(s.gdec),
-                "gprf": sum(item.num_tokens for item in s.gprf),
-                "cprf": sum(item.num_tokens for item in s.cprf),
-                "cdec": len(s.cdec),
-                "gdec_tokens": sum(item.end for item in s.gdec),
-                "cdec_tokens": sum(item.end for item in s.cdec),
-            }
-            for s in plan.sub_batches
-        ],
-        "swapped_out": sum(len(swap.device_blocks) for swap in plan.swaps_out),
-        "swapped_in": sum(len(swap.device_blocks) for swap in plan.swaps_in),
-        "preempted": len(plan.preempted),
-        "predicted": asdict(plan.prediction) if plan.prediction else None,
-        "gpu_only": asdict(plan.gpu_only_prediction) if plan.gpu_only_prediction else None,
-    }
-
-
-def _measured(result: "StepResult") -> dict[str, object]:
+def _measured(result: StepResult) -> dict[str, object]:
     measured: dict[str, object] = {
         "step_s": result.step_s,
         "launch_s": result.launch_s,
+        "device_s": result.device_s,
+        "device_busy_s": result.device_busy_s,
+        "is_graph": result.is_graph,
     }
     if result.host is not None:
         measured |= asdict(result.host)

@@ -193,6 +193,8 @@ def bench(
         SchedulerConfig, "max_num_batched_tokens"
     ),
     tpot_limit_ms: opt.TpotLimitMs = default(SchedulerConfig, "tpot_limit_ms"),
+    enforce_eager: opt.EnforceEager = default(EngineConfig, "enforce_eager"),
+    async_scheduling: opt.AsyncScheduling = default(EngineConfig, "async_scheduling"),
 ) -> int:
     """Measure serving under load, in the manner of `vllm bench serve`.
 
@@ -218,6 +220,8 @@ def bench(
             host_kv_gb=host_kv_gb,
             gpu_memory_utilization=gpu_memory_utilization,
             threads=threads,
+            enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,

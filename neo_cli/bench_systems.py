@@ -138,7 +138,10 @@ def simulated_systems(options: SystemOptions, config: EngineConfig) -> "Sequence
 
 def _with_mode(config: EngineConfig, system: str, options: SystemOptions) -> EngineConfig:
     """Return the engine's options for one of NEO's own systems."""
-    log = options.result_dir / f"{system}.steps.jsonl" if options.log_steps else None
+    log = None
+    if options.log_steps:
+        options.result_dir.mkdir(parents=True, exist_ok=True)
+        log = options.result_dir / f"{system}.steps.jsonl"
     return replace(
         config, scheduler=replace(config.scheduler, mode=NEO_MODES[system]), log_steps=log
     )

@@ -72,7 +72,7 @@ class DecoderModel:
             batches: The step's input, T tokens each.
 
         Returns:
-            For each, logits of the rows in `logits_rows`, `[L, vocab_size]`, float32.
+            For each, logits of the rows in `logits_rows`, `[L, vocab_size]`, in the model's dtype.
         """
         lanes = [_Lane(F.embedding(batch.input_ids, self.weights.embedding)) for batch in batches]
         for layer in range(self.config.num_layers):
@@ -145,11 +145,12 @@ class DecoderModel:
         ), residual
 
     def logits(
-        self, hidden: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor
+        self, hidden: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the head's output for some rows: `[L, vocab_size]`, float32."""
-        hidden, residual = hidden[rows], residual[rows]
+        """Return the head's output for some rows, or all: `[L, vocab_size]`, the model's dtype."""
+        if rows is not None:
+            hidden, residual = hidden[rows], residual[rows]
         normed = self._backend.add_rms_norm(
             hidden, residual, self.weights.final_norm, self.config.rms_norm_eps
         )
-        return F.linear(normed, self.weights.lm_head).float()
+        return F.linear(normed, self.weights.lm_head)

@@ -7,6 +7,8 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from workloads.drivers.versions import package_version
 
+_MAX_QUEUE = 1_000_000
+"""A benchmark sends all at once; a server that turns requests away would be measured with fewer."""
 VLLM_CHUNKS = {"vllm": None, "vllm-256": 256, "vllm-512": 512}
 """vLLM as its users run it, and with the prefill chunks that the NEO paper compared with."""
 
@@ -31,9 +33,13 @@ def neo_command(config: EngineConfig) -> tuple[str, ...]:
         "--mode": limits.mode,
         "--tpot-limit-ms": limits.tpot_limit_ms,
         "--log-steps": config.log_steps,
+        "--max-queue": _MAX_QUEUE,
     }
+    flags = ["--enforce-eager"] if config.enforce_eager else []
+    if config.async_scheduling is not None:
+        flags.append(f"--{'' if config.async_scheduling else 'no-'}async-scheduling")
     start = (sys.executable, "-m", "neo_cli.main", "serve", "--host", "127.0.0.1")
-    return (*start, "--port", "{port}", *_given(options))
+    return (*start, "--port", "{port}", *_given(options), *flags)
 
 
 def vllm_command(system: str, config: EngineConfig, *, has_tokenizer: bool) -> tuple[str, ...]:
@@ -69,6 +75,8 @@ def vllm_command(system: str, config: EngineConfig, *, has_tokenizer: bool) -> t
         "--max-num-batched-tokens": chunk,
     }
     flags = ["--no-enable-prefix-caching", "--enable-chunked-prefill"]
+    if config.enforce_eager:
+        flags.append("--enforce-eager")
     if not has_tokenizer:
         flags.append("--skip-tokenizer-init")
     start = (program, "serve", config.model, "--host", "127.0.0.1", "--port", "{port}")

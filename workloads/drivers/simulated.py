@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from engine.errors import ConfigError
 from engine.scheduling.scheduler_config import SchedulerConfig
-from engine.step_log import step_fields
+from engine.step_fields import step_fields
 from engine.step_plan import StepPlan
 from workloads.bench.system import Job, OnFinished, OnProgress
 from workloads.datasets import PromptMaker
