@@ -14,6 +14,7 @@ from neo_cli.build_kernels import build_kernels
 from neo_cli.generate import generate
 from neo_cli.info import info
 from neo_cli.options import INTERRUPTED
+from neo_cli.plot import plot
 from neo_cli.profile import profile
 from neo_cli.serve import serve
 
@@ -51,6 +52,7 @@ app.command("bench")(bench)
 app.command("build-kernels")(build_kernels)
 app.command("generate")(generate)
 app.command("info")(info)
+app.command("plot")(plot)
 app.command("profile")(profile)
 app.command("serve")(serve)
 

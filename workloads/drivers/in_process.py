@@ -114,7 +114,7 @@ class InProcessSession:
         loop = _Loop(self._system, self._engine, job, f"{self._num_runs}-")
         duration_s = loop.run(on_finished)
         after = _counters(self._engine.stats)
-        details = {name: after[name] - before[name] for name in after}
+        details = {name: after[name] - before.get(name, 0.0) for name in after}
         modes = {k.removeprefix("steps_"): v for k, v in details.items() if k.startswith("steps_")}
         step_s, matched_s = details["step_time_s"], details["matched_step_time_s"]
         lateness = [r.start_s - r.scheduled_s for r in loop.records]
