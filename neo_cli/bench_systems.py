@@ -120,7 +120,7 @@ def simulated_systems(options: SystemOptions, config: EngineConfig) -> "Sequence
     return [
         SimulatedSystem(
             name=name,
-            label=name if len(options.hardware) == 1 else f"{name}@{Path(machine).stem}",
+            label=name if len(options.hardware) == 1 else f"{name}@{_short(machine)}",
             hardware=load_hardware(machine),
             model=model,
             limits=_with_mode(config, name, options).scheduler,
@@ -134,6 +134,11 @@ def simulated_systems(options: SystemOptions, config: EngineConfig) -> "Sequence
         for machine in options.hardware
         for name in options.systems
     ]
+
+
+def _short(machine: str) -> str:
+    """Return a machine's name in labels: a file's without folder and ending."""
+    return Path(machine).name.removesuffix(".json")
 
 
 def _with_mode(config: EngineConfig, system: str, options: SystemOptions) -> EngineConfig:

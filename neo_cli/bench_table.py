@@ -21,6 +21,8 @@ from workloads.bench.summary import (
 )
 from workloads.bench.survey import MachineReport
 
+_PIPE_WIDTH = 170
+"""Columns where stdout is no terminal."""
 _COLUMNS = (
     ("requests/s", "request_throughput", 3),
     ("output tokens/s", "output_throughput", 1),
@@ -99,7 +101,7 @@ class BenchDisplay:
         """Print the table on stdout, and on stderr what a reader has to know."""
         if not self._results:
             return
-        Console(width=None if sys.stdout.isatty() else 140).print(self._table())
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(self._table())
         seen = set()
         for result in self._results:
             notes = [f"{m} ({n} requests)" for m, n in result["error_counts"].items()]
@@ -122,7 +124,7 @@ class BenchDisplay:
         labels = {load.label for load in groups}
         has_lens = any(load.output_len for load in groups)
         table = Table(title=self._title, title_justify="left")
-        table.add_column("system")
+        table.add_column("system", no_wrap=True)
         for name in ["rate", *(["out"] if has_lens else []), *(name for name, *_ in _COLUMNS)]:
             table.add_column(name, justify="right")
         table.add_column(f"vs {self._baseline}", justify="right")
@@ -178,7 +180,7 @@ def print_survey(reports: Sequence[MachineReport], title: str) -> None:
             report.best_mode,
             report.limited_by,
         )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
 def _cell(value: Spread | None, digits: int) -> str:

@@ -78,7 +78,7 @@ def test_a_running_server_is_measured(neo, tmp_path: Path) -> None:
 
 
 def test_failed_requests_are_shown_and_fail_the_command(neo, tmp_path: Path) -> None:
-    with serving(FakeServer(fails=lambda number: 500 if number == 1 else None)) as server:
+    with serving(FakeServer(fails=lambda number: 500 if number == 2 else None)) as server:
         result = neo(
             *("bench", "--base-url", server.base_url, "--num-prompts", 3, "--num-warmups", 0),
             *("--result-dir", tmp_path),

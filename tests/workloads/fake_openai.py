@@ -23,6 +23,7 @@ class FakeServer:
     counts_tokens: bool = True
     dies_after: int | None = None
     fails: Callable[[int], int | None] = lambda number: None
+    unknown_fields: tuple[str, ...] = ()
     says_error: bool = False
     ends_early: bool = False
     bodies: list[dict] = field(default_factory=list)
@@ -46,6 +47,9 @@ class FakeServer:
             request.transport.abort()
             return web.Response()
         body = await request.json()
+        unknown = [name for name in self.unknown_fields if name in body]
+        if unknown:
+            return web.json_response({"detail": f"unexpected: {unknown}"}, status=422)
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         status = self.fails(len(self.bodies) - 1)

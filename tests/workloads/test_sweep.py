@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, NeoError
 from tests.workloads.fake_openai import FakeServer, serving
 from workloads.arrivals import ArrivalConfig
 from workloads.bench.config import BenchConfig
@@ -168,14 +168,34 @@ def test_a_server_is_asked_for_its_model_and_warmed_up(tmp_path: Path) -> None:
         [result] = Sweep(wanted, [server_system(server)]).run()
     assert result.figures["model_id"] == "fake-model"
     assert result.figures["completed"] == 3
-    assert result.figures["total_output_tokens"] == sum(b["max_tokens"] for b in server.bodies[2:])
-    assert len(server.bodies) == 5
-    assert server.bodies[0]["prompt"] not in [b["prompt"] for b in server.bodies[2:]]
+    _, *warm_ups = server.bodies[:3]  # the first asks what the server understands
+    counted = server.bodies[3:]
+    assert result.figures["total_output_tokens"] == sum(b["max_tokens"] for b in counted)
+    assert len(counted) == 3
+    assert not {b["prompt"] for b in warm_ups} & {b["prompt"] for b in counted}
+    assert result.figures["fields_left_out"] == []
+
+
+def test_fields_that_a_server_refuses_are_left_out_and_named(tmp_path: Path) -> None:
+    with serving(FakeServer(unknown_fields=("ignore_eos", "stream_options"))) as server:
+        said: list[str] = []
+        [result] = Sweep(config(tmp_path), [server_system(server)], said.append).run()
+    assert result.figures["completed"] == 3
+    assert result.figures["fields_left_out"] == ["ignore_eos", "stream_options"]
+    assert "the server does not know ignore_eos and stream_options: left out" in said
+
+
+def test_a_server_that_refuses_everything_says_why(tmp_path: Path) -> None:
+    with (
+        serving(FakeServer(unknown_fields=("prompt",))) as server,
+        pytest.raises(NeoError, match=r"HTTP 422.*prompt"),
+    ):
+        list(Sweep(config(tmp_path), [server_system(server)]).run())
 
 
 def test_a_server_that_dies_is_reported_and_its_point_measured_again(tmp_path: Path) -> None:
     wanted = config(tmp_path, num_warmups=0, num_prompts=6)
-    with serving(FakeServer(dies_after=8, pause_s=0.001)) as server:
+    with serving(FakeServer(dies_after=10, pause_s=0.001)) as server:
         system = server_system(server)
         with pytest.raises(ServerLostError, match="stopped answering"):
             list(Sweep(wanted, [system]).run())

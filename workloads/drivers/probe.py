@@ -11,6 +11,8 @@ from engine.errors import NeoError
 
 _PROBE_TIMEOUT_S = 5.0
 _PAUSE_S = 0.5
+_NOT_YET = (502, 503, 504)
+"""What a server, or a proxy before it, says while it starts. Some know no list of models."""
 
 
 def fetch_json(url: str, headers: Mapping[str, str]) -> Any:
@@ -26,11 +28,11 @@ def fetch_json(url: str, headers: Mapping[str, str]) -> Any:
 
 
 def answers(base_url: str, headers: Mapping[str, str]) -> bool:
-    """Return whether anything that speaks HTTP is there, whatever it says."""
+    """Return whether a server is there and has started, whatever it says."""
     try:
         fetch_json(f"{base_url.rstrip('/')}/v1/models", headers)
     except urllib.error.HTTPError as error:
-        return error.code < 500
+        return error.code not in _NOT_YET
     except ValueError:
         return True
     except OSError:

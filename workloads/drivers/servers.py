@@ -1,6 +1,7 @@
 """Servers as systems to measure: one that runs already, or one that is started for it."""
 
 import contextlib
+import random
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,11 @@ from workloads.drivers.probe import answers, served_model, wait_until_ready
 from workloads.drivers.server_process import free_port, running
 from workloads.drivers.versions import package_versions
 from workloads.records import RunRecord
+from workloads.request import WorkloadRequest
+
+_PROBE_PROMPT_TOKENS = 4
+_REFUSALS = (400, 422)
+"""What a server says to fields it does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,14 @@ class RunningServer:
         wait_until_ready(target.base_url, target.headers, self.ready_timeout_s)
         if not target.model:
             target = replace(target, model=_listed_model(target))
-        facts = {"tokenizer_id": self.tokenizer, "versions": package_versions()}
+        target, left_out = without_unknown_fields(target, self.maker)
+        if left_out:
+            on_progress(f"the server does not know {' and '.join(left_out)}: left out")
+        facts = {
+            "tokenizer_id": self.tokenizer,
+            "versions": package_versions(),
+            "fields_left_out": left_out,
+        }
         yield HttpSession(target, self.maker, facts, lambda: None)
 
 
@@ -168,6 +181,28 @@ class HttpSession:
         except NeoError:
             return False
         return answers(self._target.base_url, self._target.headers)
+
+
+def without_unknown_fields(target: HttpTarget, maker: PromptMaker) -> tuple[HttpTarget, list[str]]:
+    """Return a target that sends nothing the server refuses, and what was left out for that.
+
+    Raises:
+        NeoError: The server refuses even a request without them.
+    """
+    prompt, num_tokens = maker.random_prompt(_PROBE_PROMPT_TOKENS, random.Random(0))
+    request = WorkloadRequest(num_prompt_tokens=num_tokens, num_output_tokens=2, prompt=prompt)
+    error: str | None = None
+    for left_out in ([], ["ignore_eos"], ["ignore_eos", "stream_options"]):
+        without: dict[str, Any] = dict.fromkeys(left_out)
+        tried = replace(target, extra_body={**without, **target.extra_body})
+        job = Job(requests=[request], arrivals=[0.0], name="probe")
+        [record] = run_job(tried, job, lambda count: None).requests
+        if record.completed:
+            return tried, left_out
+        error = error or record.error
+        if not any(f"HTTP {status}" in (record.error or "") for status in _REFUSALS):
+            break
+    raise NeoError(f"{target.url} does not answer a short request: {error}")
 
 
 def _listed_model(target: HttpTarget) -> str:
