@@ -5,11 +5,13 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.config import EngineConfig
+from engine.cost_tables import load_or_profile
 from engine.errors import RequestError
 from engine.llm_engine import LLMEngine
 from engine.outputs import RequestOutput
@@ -30,12 +32,14 @@ class InProcessSystem:
         config: The engine's options.
         ignore_eos: Generate as many tokens as asked for.
         temperature: Of sampling; 0 is greedy.
+        tables: Write the measured cost tables to this file, for the simulator.
     """
 
     name: str
     config: EngineConfig
     ignore_eos: bool = True
     temperature: float = 0.0
+    tables: Path | None = None
 
     @property
     def label(self) -> str:
@@ -51,7 +55,9 @@ class InProcessSystem:
     def options(self) -> dict[str, Any]:
         """All of the engine's options."""
         options = asdict(self.config)
-        options["log_steps"] = None if self.config.log_steps is None else str(self.config.log_steps)
+        del options["log_steps"]
+        if self.config.model is not None and Path(self.config.model).is_dir():
+            options["model"] = Path(self.config.model).name  # the same wherever it lies
         return {"kind": "in-process", "ignore_eos": self.ignore_eos, "engine": options}
 
     @contextlib.contextmanager
@@ -60,6 +66,9 @@ class InProcessSystem:
         on_progress(f"loading {self.name}")
         engine = LLMEngine(self.config, on_progress)
         try:
+            if self.tables is not None:
+                self.tables.parent.mkdir(parents=True, exist_ok=True)
+                self.tables.write_text(load_or_profile(engine.runner, on_progress).to_json())
             yield InProcessSession(self, engine)
         finally:
             engine.close()

@@ -40,14 +40,12 @@ def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
     for path in paths:
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
         for file in files:
-            content = _read_json(file)
-            is_point = isinstance(content, dict) and all(key in content for key in _NEEDED)
-            if is_point:
-                found.append(_with_label(content, file))
-            elif not path.is_dir():
+            points = _points(_read_json(file))
+            if not points and not path.is_dir():
                 raise ConfigError(
-                    f"{file} is no result of neo bench: it lacks {', '.join(_NEEDED)}"
+                    f"{file} is no result of neo bench: it must have {', '.join(_NEEDED)}"
                 )
+            found += [_with_label(point, file) for point in points]
     if not found:
         named = ", ".join(map(str, paths)) or "no file"
         raise ConfigError(f"there are no results of neo bench in {named}")
@@ -101,6 +99,17 @@ def _step(line: dict[str, Any]) -> StepRecord | None:
         host_blocks=int(line["host_blocks"]),
         simulated=measured is None,
     )
+
+
+def _points(content: Any) -> list[dict[str, Any]]:
+    """Return a file's points: itself, or those that were put together under `results`."""
+    listed = content.get("results") if isinstance(content, dict) else None
+    candidates = listed if isinstance(listed, list) else [content]
+    return [
+        point
+        for point in candidates
+        if isinstance(point, dict) and all(key in point for key in _NEEDED)
+    ]
 
 
 def _read_json(path: Path) -> Any:
