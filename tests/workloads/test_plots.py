@@ -174,10 +174,13 @@ def test_simulated_steps_show_their_predictions_and_the_mark(tmp_path: Path) -> 
 
 def test_folders_give_their_results_and_leave_out_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(result("a", 1.0)))
+    (tmp_path / "b16.json").write_text(json.dumps(result("b16", 1.0)))
+    (tmp_path / "b2.json").write_text(json.dumps(result("b2", 1.0)))
+    (tmp_path / "together.json").write_text(json.dumps({"results": [result("t", 1.0)]}))
     (tmp_path / "other.json").write_text('{"name": "bench-gpu"}')
     vllm = {**result("", 2.0), "label": None, "backend": "vllm"}
     (tmp_path / "v.json").write_text(json.dumps(vllm))
-    assert [r["label"] for r in read_results([tmp_path])] == ["a", "vllm"]
+    assert [r["label"] for r in read_results([tmp_path])] == ["a", "b2", "b16", "t", "vllm"]
 
 
 @pytest.mark.parametrize(

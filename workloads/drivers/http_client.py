@@ -20,6 +20,8 @@ _SILENCE_LIMIT_S = 600.0
 """A server that says nothing for so long is given up, for this request."""
 _BODY_SHOWN = 300
 _LATE_S = 0.1
+_LATE_SHARE = 0.02
+"""Requests sent later than both are worth a warning: a moment, and a share of the run."""
 _BUSY_SHARE = 0.9
 _LEAST_DURATION_S = 1.0
 """Shorter runs say nothing about how busy the client is."""
@@ -187,7 +189,7 @@ class _Client:
         lateness = sorted(r.start_s - r.scheduled_s for r in self.records)
         late = 0.0 if self._slots is not None else lateness[int(0.99 * (len(lateness) - 1))]
         warnings = []
-        if late > _LATE_S:
+        if late > max(_LATE_S, _LATE_SHARE * duration_s):
             warnings.append(
                 f"the client could not keep up with the asked rate: 1 % of the requests were sent "
                 f"{late:.2f} s late or more"

@@ -1,6 +1,7 @@
 """Reads result files and step logs."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """
     found = []
     for path in paths:
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = sorted(path.glob("*.json"), key=_natural) if path.is_dir() else [path]
         for file in files:
             points = _points(_read_json(file))
             if not points and not path.is_dir():
@@ -99,6 +100,12 @@ def _step(line: dict[str, Any]) -> StepRecord | None:
         host_blocks=int(line["host_blocks"]),
         simulated=measured is None,
     )
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return what files are sorted by: numbers in their names count as numbers."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def _points(content: Any) -> list[dict[str, Any]]:

@@ -48,11 +48,11 @@ def mark_simulated(axes: Axes, *, some: bool, every: bool) -> None:
         transform=axes.transAxes,
         fontsize=30,
         color="0.5",
-        alpha=0.22,
+        alpha=0.3,
         ha="center",
         va="center",
         rotation=20,
-        zorder=0,
+        zorder=10,  # above bars; faint enough to read through
         gid="simulated",
     )
 
