@@ -1,5 +1,6 @@
 """From the options of `neo bench` to the systems that it measures."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,6 +87,8 @@ def make_systems(options: SystemOptions, config: EngineConfig) -> Sequence[Syste
     """
     if options.hardware:
         return simulated_systems(options, config)
+    if not options.in_process:
+        _need_client()
     if options.base_url is not None:
         return [_running_server(options, config, options.base_url)]
     shape = find_shape(config.model) if config.model and config.load_format == "dummy" else None
@@ -103,6 +106,19 @@ def make_systems(options: SystemOptions, config: EngineConfig) -> Sequence[Syste
             for name in options.systems
         ]
     return _started_servers(options, config)
+
+
+def _need_client() -> None:
+    """Check that servers can be asked.
+
+    Raises:
+        ConfigError: The HTTP client is not installed.
+    """
+    if importlib.util.find_spec("aiohttp") is None:
+        raise ConfigError(
+            "measuring a server needs the package aiohttp: pip install 'neo-llm[bench]'; or call "
+            "the engine directly with --in-process"
+        )
 
 
 def simulated_systems(options: SystemOptions, config: EngineConfig) -> "Sequence[SimulatedSystem]":

@@ -1,10 +1,12 @@
 """What `neo bench` shows: a progress bar and a table that grows on stderr, the table on stdout."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,16 +21,18 @@ from workloads.bench.summary import (
     group_repeats,
     spread,
 )
-from workloads.bench.survey import MachineReport
+
+if TYPE_CHECKING:
+    from workloads.bench.survey import MachineReport
 
 _PIPE_WIDTH = 170
 """Columns where stdout is no terminal."""
 _COLUMNS = (
-    ("requests/s", "request_throughput", 3),
-    ("output tokens/s", "output_throughput", 1),
-    ("TTFT ms", "mean_ttft_ms", 1),
-    ("TPOT ms", "mean_tpot_ms", 2),
-    ("ms a token", "mean_per_token_latency_ms", 2),
+    ("req/s", "request_throughput"),
+    ("tok/s", "output_throughput"),
+    ("TTFT ms", "mean_ttft_ms"),
+    ("TPOT ms", "mean_tpot_ms"),
+    ("ms/tok", "mean_per_token_latency_ms"),
 )
 
 
@@ -123,16 +127,16 @@ class BenchDisplay:
         groups = group_repeats(self._results)
         labels = {load.label for load in groups}
         has_lens = any(load.output_len for load in groups)
-        table = Table(title=self._title, title_justify="left")
+        table = Table(title=self._title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
         table.add_column("system", no_wrap=True)
         for name in ["rate", *(["out"] if has_lens else []), *(name for name, *_ in _COLUMNS)]:
-            table.add_column(name, justify="right")
-        table.add_column(f"vs {self._baseline}", justify="right")
-        table.add_column("failed", justify="right")
+            table.add_column(name, justify="right", overflow="fold")
+        table.add_column(f"/ {self._baseline}", justify="right")
+        table.add_column("failed", justify="right", overflow="fold")
         for load, results in groups.items():
             cells = [load.label, rate_text(load.request_rate)]
             cells += [str(load.output_len)] if has_lens else []
-            cells += [_cell(spread(results, metric), digits) for _, metric, digits in _COLUMNS]
+            cells += [_cell(spread(results, metric)) for _, metric in _COLUMNS]
             cells.append(self._gain(groups, load, labels))
             cells.append(str(sum(result["failed"] for result in results)))
             table.add_row(*cells)
@@ -148,10 +152,10 @@ class BenchDisplay:
         if baseline is None or baseline == load.label:
             return ""
         ratio = gain_over(groups, load, baseline)
-        return "" if ratio is None else f"{_cell(ratio, 3)} ×"
+        return "" if ratio is None else _cell(ratio)
 
 
-def print_survey(reports: Sequence[MachineReport], title: str) -> None:
+def print_survey(reports: "Sequence[MachineReport]", title: str) -> None:
     """Print what was found for each machine."""
     table = Table(title=title, title_justify="left", caption="simulated", caption_justify="left")
     for name, justify in (
@@ -183,10 +187,15 @@ def print_survey(reports: Sequence[MachineReport], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
-def _cell(value: Spread | None, digits: int) -> str:
+def _cell(value: Spread | None) -> str:
     if value is None:
         return "–"
-    text = f"{value.median:.{digits}f}"
     if value.low == value.high:
-        return text
-    return f"{text} ({value.low:.{digits}f}–{value.high:.{digits}f})"
+        return _number(value.median)
+    return f"{_number(value.median)} ({_number(value.low)}–{_number(value.high)})"
+
+
+def _number(value: float) -> str:
+    """Return four significant digits, or all those before the point."""
+    digits = 3 if abs(value) < 1 else max(0, 3 - int(math.log10(abs(value))))
+    return f"{value:.{digits}f}"

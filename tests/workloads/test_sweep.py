@@ -3,6 +3,9 @@
 import contextlib
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,26 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     third = FakeSystem("a", [])
     assert all(r.was_kept for r in Sweep(wanted, [third]).run())
     assert third.events == []  # not even started
+
+
+def test_a_killed_process_leaves_whole_points_that_the_next_one_keeps(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "neo_cli.main", "bench", "--simulate", "t4-g4dn.4xlarge"),
+        *("--model", "llama-2-7b", "--dataset-name", "summarize", "--num-prompts", "60"),
+        *("--systems", "gpu-only", "--device-kv-blocks", "54", "--request-rate"),
+        *(",".join(str(rate) for rate in range(1, 9)), "--result-dir", str(tmp_path)),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    before = {path: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert 1 <= len(before) < 8
+    subprocess.run(command, check=True, capture_output=True)
+    after = {path: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert len(after) == 8
+    assert before.items() <= after.items()
 
 
 def test_other_options_are_other_points(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import random
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,7 +114,8 @@ class StartedServer:
     def options(self) -> dict[str, Any]:
         """The command, and how it is asked."""
         asked = _asked(replace(self.target, base_url="")) | {"as_text": self.maker.as_text}
-        return {"kind": "started server", "command": shlex.join(self.command), **asked}
+        command = ["python" if part == sys.executable else part for part in self.command]
+        return {"kind": "started server", "command": shlex.join(command), **asked}
 
     @contextlib.contextmanager
     def session(self, on_progress: OnProgress) -> Iterator["HttpSession"]:
