@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engine.chat_messages import ChatMessage, check_template_options, template_messages
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.cost_tables import make_cost_model
@@ -25,7 +26,6 @@ from engine.structured_output.compiler import GrammarCompiler
 from engine.structured_output.matcher import GrammarMatcher
 
 Prompt = str | Sequence[int]
-ChatMessage = Mapping[str, Any]
 
 
 class LLMEngine:
@@ -203,20 +203,31 @@ class LLMEngine:
             include_stop_str=params.include_stop_str_in_output,
         )
 
-    def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_options: Any,
+    ) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
 
         Args:
-            messages: `{"role": ..., "content": ...}` each.
+            messages: `{"role": ..., "content": ...}` each; content is text or a list of text parts.
+            tools: Functions that the model may call, as in OpenAI's API.
+            **template_options: What the template knows beside them, such as `documents` or
+                `enable_thinking`; also `add_generation_prompt` and `continue_final_message`.
 
         Raises:
             RequestError: The model has no chat template, or it refuses the messages.
         """
         if not self.has_chat_template:
             raise RequestError("the model has no chat template; use --raw")
+        check_template_options(template_options)
+        options = {"add_generation_prompt": True, **template_options}
+        conversation = template_messages(messages)
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                conversation, tools=list(tools) if tools else None, tokenize=False, **options
             )
         except Exception as error:  # whatever the model's own template raises
             raise RequestError(f"the chat template refuses the messages: {error}") from error
@@ -287,7 +298,9 @@ class LLMEngine:
         if stream.logprobs is not None and logprobs is not None:
             stream.logprobs.append(logprobs)
         if detokenizer is not None:
-            stream.new_text = detokenizer.append(request.output_token_ids[-1])
+            is_shown = not request.ends_with_stop_token or request.params.include_stop_str_in_output
+            last = request.output_token_ids[-1]
+            stream.new_text = detokenizer.append(last) if is_shown else ""
             if detokenizer.stop_string is not None:
                 # Also when the length ended it in the same step: the text is cut at the string.
                 request.finish(FinishReason.STOP, detokenizer.stop_string)
