@@ -6,14 +6,16 @@ host is attended to in blocks that are addressed like a pool: on a CPU device th
 pool's own; on a GPU they are staging blocks, which hold one layer of the request at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from engine.kv_blocks import BlockPool
+from engine.request import Request
 from engine.step_plan import ScheduledRequest, SubBatch
+from engine.table_rows import TableRows
 from engine.upload import Ints, Upload
 
 
@@ -30,6 +32,7 @@ class PagedRows:
         block_tables: `[S, max_blocks]`, int32, device; unused entries are 0.
         query_lens: Tokens of each request, on the host.
         context_lens: Tokens in the cache after this step of each request, on the host.
+        num_splits: Into how many splits decode attention cuts a request; None: as it sees fit.
     """
 
     num_decodes: int
@@ -39,6 +42,7 @@ class PagedRows:
     block_tables: torch.Tensor
     query_lens: Sequence[int]
     context_lens: Sequence[int]
+    num_splits: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -125,19 +129,22 @@ class Batch:
     Args:
         input_ids: `[T]`, int64, device.
         positions: `[T]`, int64, device.
-        logits_rows: `[L]`, int64, device; tokens whose logits are wanted.
+        logits_rows: `[L]`, int64, device; tokens whose logits are wanted; None: all.
         device_rows: The first rows; may be empty.
         host_prefills: The next rows, if there are any.
         host_decodes: The last rows, if there are any.
+        sources: `[T]`, int64, device; where a token is the last step's to sample, its place there,
+            elsewhere `NO_SOURCE`; None where there are no such tokens.
         scored: Prompt rows whose next tokens' log-probabilities are wanted.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    logits_rows: torch.Tensor
+    logits_rows: torch.Tensor | None
     device_rows: PagedRows
     host_prefills: HostPrefillRows | None = None
     host_decodes: HostDecodeRows | None = None
+    sources: torch.Tensor | None = None
     scored: Sequence[ScoredRows] = ()
 
     @property
@@ -172,21 +179,30 @@ class BatchBuilder:
     ) -> None:
         self._device = device
         self._device_pool = device_pool
-        self._host_pool = host_pool
+        self._device_tables = TableRows(device_pool)
+        self._host_tables = None if host_pool is None else TableRows(host_pool)
 
-    def build(self, sub_batch: SubBatch) -> Batch:
-        """Return a sub-batch's tensors on the device."""
+    def build(self, sub_batch: SubBatch, source: Callable[[Request], int] | None = None) -> Batch:
+        """Return a sub-batch's tensors on the device.
+
+        Args:
+            sub_batch: What to compute.
+            source: Says where a request's pending token is; needed if there are such tokens.
+        """
         items = sub_batch.scheduled
         upload = Upload(self._device)
-        first = upload.add(_input_ids(items))
+        input_ids, sources = _input_ids(items), _sources(items, source)
+        first = upload.add(input_ids)
         upload.add(np.concatenate([np.arange(item.start, item.end) for item in items]))
+        device_items = sub_batch.gdec + sub_batch.gprf
         ends = np.cumsum([item.num_tokens for item in items])
         upload.add(ends[np.asarray([item.samples for item in items])] - 1)
-        tables = [self._table(self._device_pool, item) for item in sub_batch.gdec + sub_batch.gprf]
+        tables = [self._table(self._device_tables, item) for item in device_items]
         device_rows = _RowsUpload(
             upload, sub_batch.gdec, sub_batch.gprf, tables, self._device_pool.block_size
         )
-        staged = _StagedUpload(upload, sub_batch.cprf, self._host_tables(sub_batch.cprf), self)
+        staged = _StagedUpload(upload, sub_batch.cprf, self._host_rows(sub_batch.cprf), self)
+        fed = None if sources is None else upload.add(sources)
         sent = upload.send()
         return Batch(
             input_ids=sent[first],
@@ -195,6 +211,7 @@ class BatchBuilder:
             device_rows=device_rows.take(sent),
             host_prefills=staged.take(sent) if sub_batch.cprf else None,
             host_decodes=self._host_decodes(sub_batch.cdec) if sub_batch.cdec else None,
+            sources=None if fed is None else sent[fed],
             scored=_scored_rows(items),
         )
 
@@ -208,19 +225,18 @@ class BatchBuilder:
         """Whether chunks that go to the host are attended to in staging blocks."""
         return self._device.type == "cuda"
 
-    def _table(self, pool: BlockPool, item: ScheduledRequest) -> Ints:
-        used = pool.blocks_for(item.end)
-        return np.asarray(pool.block_table(item.request.request_id)[:used], dtype=np.int32)
+    def _table(self, rows: TableRows, item: ScheduledRequest) -> Ints:
+        return rows.row(item.request.request_id, self._device_pool.blocks_for(item.end))
 
-    def _host_tables(self, items: Sequence[ScheduledRequest]) -> list[Ints]:
+    def _host_rows(self, items: Sequence[ScheduledRequest]) -> list[Ints]:
         if not items:
             return []
-        assert self._host_pool is not None, "host-resident requests need a host pool"
-        return [self._table(self._host_pool, item) for item in items]
+        assert self._host_tables is not None, "host-resident requests need a host pool"
+        return [self._table(self._host_tables, item) for item in items]
 
     def _host_decodes(self, items: Sequence[ScheduledRequest]) -> HostDecodeRows:
         return HostDecodeRows(
-            block_tables=torch.from_numpy(_pad(self._host_tables(items))),
+            block_tables=torch.from_numpy(_pad(self._host_rows(items))),
             seq_lens=torch.tensor([item.end for item in items], dtype=torch.int32),
         )
 
@@ -306,10 +322,31 @@ class _StagedUpload:
 
 
 def _input_ids(items: Sequence[ScheduledRequest]) -> Ints:
+    """Return all tokens; pending ones are `PENDING_TOKEN`."""
     ids: list[int] = []
     for item in items:
         ids.extend(item.request.token_ids(item.start, item.end))
     return np.asarray(ids, dtype=np.int64)
+
+
+def _sources(
+    items: Sequence[ScheduledRequest], source: Callable[[Request], int] | None
+) -> Ints | None:
+    """Return where each token comes from; None if all are known."""
+    ends = np.cumsum([item.num_tokens for item in items])
+    # Only the last token of a request can be pending, and only one that decodes has one.
+    pending = [
+        (end - 1, item.request)
+        for end, item in zip(ends, items, strict=True)
+        if item.request.num_pending_tokens and item.samples
+    ]
+    if not pending:
+        return None
+    assert source is not None, "pending tokens need a source"
+    sources = np.full(int(ends[-1]), -1, dtype=np.int64)
+    for place, request in pending:
+        sources[place] = source(request)
+    return sources
 
 
 def _scored_rows(items: Sequence[ScheduledRequest]) -> list[ScoredRows]:

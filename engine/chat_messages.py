@@ -50,14 +50,16 @@ def check_template_options(options: Mapping[str, Any]) -> None:
     """
     for name in options:
         if name in _NOT_OF_TEMPLATES:
-            raise RequestError(f"chat_template_kwargs must not hold {name!r}")
+            raise RequestError(
+                f"chat_template_kwargs must not hold {name!r}", field="chat_template_kwargs"
+            )
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RequestError(f"{where} must be an object, got {_short(message)}")
+        raise _wrong(f"{where} must be an object, got {_short(message)}")
     if not isinstance(message.get("role"), str):
-        raise RequestError(f"{where}.role must be a string, got {_short(message.get('role'))}")
+        raise _wrong(f"{where}.role must be a string, got {_short(message.get('role'))}")
     changed = dict(message)
     if "content" in message:
         changed["content"] = _content(message["content"], f"{where}.content")
@@ -70,7 +72,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
             _tool_call(call, f"{where}.tool_calls[{at}]") for at, call in enumerate(calls)
         ]
     else:
-        raise RequestError(f"{where}.tool_calls must be a list, got {_short(calls)}")
+        raise _wrong(f"{where}.tool_calls must be a list, got {_short(calls)}")
     return changed
 
 
@@ -80,7 +82,7 @@ def _content(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise RequestError(f"{where} must be a string or a list of parts, got {_short(content)}")
+        raise _wrong(f"{where} must be a string or a list of parts, got {_short(content)}")
     return "\n".join(_part(part, f"{where}[{at}]") for at, part in enumerate(content))
 
 
@@ -88,30 +90,34 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise RequestError(f"{where} must be an object, got {_short(part)}")
+        raise _wrong(f"{where} must be an object, got {_short(part)}")
     if part.get("type") != "text":
-        raise RequestError(
+        raise _wrong(
             f"{where}.type {_short(part.get('type'))} is not supported; the model reads text only"
         )
     if not isinstance(part.get("text"), str):
-        raise RequestError(f"{where}.text must be a string, got {_short(part.get('text'))}")
+        raise _wrong(f"{where}.text must be a string, got {_short(part.get('text'))}")
     return str(part["text"])
 
 
 def _tool_call(call: object, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise RequestError(f"{where}.function must be an object, got {_short(function)}")
+        raise _wrong(f"{where}.function must be an object, got {_short(function)}")
     arguments = function.get("arguments")
     if isinstance(arguments, str) or arguments is None:
         try:
             arguments = json.loads(arguments or "{}")
         except ValueError as error:
-            raise RequestError(f"{where}.function.arguments is not JSON: {error}") from error
+            raise _wrong(f"{where}.function.arguments is not JSON: {error}") from error
     if not isinstance(arguments, Mapping):
-        raise RequestError(f"{where}.function.arguments must be an object of JSON")
+        raise _wrong(f"{where}.function.arguments must be an object of JSON")
     return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _short(value: object) -> str:
     return json.dumps(value, default=str)[:80]
+
+
+def _wrong(message: str) -> RequestError:
+    return RequestError(message, field="messages")

@@ -29,6 +29,9 @@ class EngineConfig:
         gpu_memory_utilization: Share of the GPU's memory NEO may use, in (0, 1].
         threads: CPU attention threads; None is all cores but one.
         seed: For dummy weights and for requests without a seed of their own.
+        enforce_eager: Launch every kernel from Python instead of replaying CUDA graphs.
+        async_scheduling: Plan and launch a step while the one before it runs; None: where the
+            device works behind the host, as a GPU does.
         log_steps: Write one JSON line a step to this file.
         scheduler: Limits of one step.
 
@@ -48,6 +51,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     threads: int | None = None
     seed: int = 0
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
     log_steps: Path | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

@@ -22,7 +22,16 @@ class CapacityError(NeoError):
 
 
 class RequestError(NeoError):
-    """One request is invalid; others are not affected."""
+    """One request is invalid; others are not affected.
+
+    Args:
+        message: As for every error.
+        field: The request's field that is to blame, for those who fill in forms.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class StepError(NeoError):

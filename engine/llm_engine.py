@@ -1,29 +1,36 @@
 """The engine: requests go in, tokens and text come out, one step at a time."""
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engine.chat_messages import ChatMessage, check_template_options, template_messages
+from engine.chat_messages import ChatMessage
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.cost_tables import make_cost_model
 from engine.detokenizer import IncrementalDetokenizer
-from engine.errors import CheckpointError, RequestError, StepError
+from engine.errors import RequestError, StepError
 from engine.output_stream import OutputStream
 from engine.outputs import RequestOutput
+from engine.prompt_encoder import load_prompt_encoder
 from engine.request import FinishReason, Request
-from engine.runner import ModelRunner, StepResult
+from engine.request_limits import RequestLimits
+from engine.runner import ModelRunner
 from engine.sampler import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.stats import EngineStats
-from engine.step_log import StepLog
+from engine.step_in_flight import StepInFlight, StepResult
+from engine.step_log import StepLog, StepObserver
 from engine.step_plan import StepPlan
 from engine.structured_output import StructuredOutput
 from engine.structured_output.compiler import GrammarCompiler
 from engine.structured_output.matcher import GrammarMatcher
+
+_News = tuple[Request, TokenLogprobs | None]
+"""A request that got a token, and the token's log-probabilities if they were asked for."""
 
 Prompt = str | Sequence[int]
 
@@ -53,20 +60,27 @@ class LLMEngine:
             ),
         )
         self.model_name = checkpoint.name
-        try:
-            self.tokenizer: Any = checkpoint.load_tokenizer()
-        except CheckpointError:
-            if config.load_format != "dummy":
-                raise
-            self.tokenizer = None  # dummy weights say nothing; tokens in, tokens out
+        self.prompt_encoder = load_prompt_encoder(checkpoint, config.load_format)
+        self.tokenizer: Any = self.prompt_encoder.tokenizer
         self._runner = ModelRunner(config, checkpoint, on_progress)
+        self.limits = RequestLimits(
+            vocab_size=self._runner.model_config.vocab_size,
+            max_model_len=self._runner.max_model_len,
+            has_tokenizer=self.tokenizer is not None,
+        )
         limits, host_pool = config.scheduler, self._runner.host_pool
         self._is_measured = host_pool is not None or limits.tpot_limit_ms is not None
         self._cost_model = make_cost_model(self._runner, on_progress, needed=self._is_measured)
         self._scheduler = Scheduler(limits, self._runner.pool, host_pool, self._cost_model)
         self._grammars = self._make_grammar_compiler()
         self._step_log = None if config.log_steps is None else StepLog(config.log_steps)
+        self._step_observers: list[StepObserver] = []
+        if self._step_log is not None:
+            self._step_observers.append(self._step_log.write)
         self._streams: dict[str, OutputStream] = {}
+        self._in_flight: StepInFlight | None = None
+        ahead = config.async_scheduling
+        self._goes_ahead = self._runner.runs_behind if ahead is None else ahead
         self._rng = random.Random(config.seed)
         self.stats = EngineStats(load_time_s=time.monotonic() - start)
 
@@ -83,7 +97,7 @@ class LLMEngine:
     @property
     def max_model_len(self) -> int:
         """Most tokens of a request, prompt and output together."""
-        return self._runner.max_model_len
+        return self.limits.max_model_len
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None
@@ -104,10 +118,7 @@ class LLMEngine:
             raise RequestError(f"request id {request_id!r} is already in use")
         params = params or SamplingParams()
         token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self._check_tokens(token_ids)
-        self._check_bias(params)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the model folder has none")
+        self.limits.check(token_ids, params)
         wanted = params.structured_output
         grammar = None if wanted is None else self.compile_grammar(wanted)
         request = Request(
@@ -147,50 +158,13 @@ class LLMEngine:
         return GrammarCompiler(self.tokenizer, model.vocab_size, model.eos_token_ids)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a text, with the special tokens that the model puts around it.
-
-        Raises:
-            RequestError: The text is empty, or there is no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise RequestError("a text prompt needs a tokenizer, and the model folder has none")
-        if not text:
-            raise RequestError("the prompt is empty; give at least one character")
-        return self._encode(text, add_special_tokens=True)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the prompt is not valid text: a lone surrogate at character {error.start}"
-            ) from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        """Return the tokens of a text; see `PromptEncoder.tokenize`."""
+        return self.prompt_encoder.tokenize(text)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat_prompt` works."""
-        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
-
-    def _check_tokens(self, token_ids: Sequence[int]) -> None:
-        vocab_size = self._runner.model_config.vocab_size
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        if max(token_ids) >= vocab_size or min(token_ids) < 0:
-            raise RequestError(f"prompt token ids must be from 0 to {vocab_size - 1}")
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; with a context of {self.max_model_len} "
-                f"tokens it may have {self.max_model_len - 1}; shorten it or raise --max-model-len"
-            )
-
-    def _check_bias(self, params: SamplingParams) -> None:
-        vocab_size = self._runner.model_config.vocab_size
-        largest = max(params.logit_bias, default=0)
-        if largest >= vocab_size:
-            raise RequestError(
-                f"logit_bias token ids must be from 0 to {vocab_size - 1}, got {largest}"
-            )
+        return self.prompt_encoder.has_chat_template
 
     def _detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer | None:
         if self.tokenizer is None:
@@ -209,83 +183,113 @@ class LLMEngine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_options: Any,
     ) -> list[int]:
-        """Return the tokens of a conversation, ready for the assistant's answer.
+        """Return the tokens of a conversation; see `PromptEncoder.chat_prompt`."""
+        return self.prompt_encoder.chat_prompt(messages, tools, **template_options)
 
-        Args:
-            messages: `{"role": ..., "content": ...}` each; content is text or a list of text parts.
-            tools: Functions that the model may call, as in OpenAI's API.
-            **template_options: What the template knows beside them, such as `documents` or
-                `enable_thinking`; also `add_generation_prompt` and `continue_final_message`.
-
-        Raises:
-            RequestError: The model has no chat template, or it refuses the messages.
-        """
-        if not self.has_chat_template:
-            raise RequestError("the model has no chat template; use --raw")
-        check_template_options(template_options)
-        options = {"add_generation_prompt": True, **template_options}
-        conversation = template_messages(messages)
-        try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, tools=list(tools) if tools else None, tokenize=False, **options
-            )
-        except Exception as error:  # whatever the model's own template raises
-            raise RequestError(f"the chat template refuses the messages: {error}") from error
-        return self._encode(text, add_special_tokens=False)
+    def observe_steps(self, observer: StepObserver) -> None:
+        """Have `observer` called with every step, right after it was measured or failed."""
+        self._step_observers.append(observer)
 
     def has_unfinished_requests(self) -> bool:
-        """Return whether there is anything left to do."""
-        return bool(self._streams)
+        """Return whether there is anything left to do, if only to take in a step that runs."""
+        return bool(self._streams) or self._in_flight is not None
+
+    def has_request(self, request_id: str) -> bool:
+        """Return whether there is such an unfinished request."""
+        return request_id in self._streams
 
     def step(self) -> list[RequestOutput]:
-        """Run one step.
+        """Launch a step, and finish the one before it, or the same where nothing is gained by that.
 
         Returns:
-            One output for every request that got a token. If CPU attention fails, one for every
-            request of the step, finished with `error` and the message as `stop_reason`. Any other
-            error goes on after the step's requests were aborted.
+            One output for every request that got a token in the step that was finished; none where
+            the first step was launched. If CPU attention fails, one for every request of the step,
+            finished with `error` and the message as `stop_reason`. Any other error goes on after
+            the step's requests were aborted.
         """
+        outputs: list[RequestOutput] = []
+        news: list[_News] = []
+        before = self._in_flight
+        if before is not None and not before.lets_next_go_ahead:
+            self._in_flight = None
+            outputs += self._collect(before, news)
+            before = None
+        self._in_flight = self._launch_next(outputs)
+        if before is not None:
+            outputs += self._collect(before, news)
+        elif self._in_flight is not None and not self._goes_ahead:
+            launched, self._in_flight = self._in_flight, None
+            outputs += self._collect(launched, news)
+        # Last, because the device works meanwhile. A stop string that is found now may come after
+        # one more token was begun; that one is dropped.
+        streams = [(self._streams.get(request.request_id), entry) for request, entry in news]
+        return outputs + [self._advance(stream, entry) for stream, entry in streams if stream]
+
+    def _launch_next(self, outputs: list[RequestOutput]) -> StepInFlight | None:
+        """Plan a step and give it to the device; None if there is nothing to do or it failed."""
         plan = self._scheduler.plan_step()
         if plan.is_empty:
-            return []
+            return None
         if not self._is_measured:
             plan.prediction = plan.gpu_only_prediction = None
         try:
-            result = self._runner.execute(plan)
+            launched = self._runner.launch(plan)
+        except StepError as error:
+            outputs += self._fail_step(plan, str(error))
+            return None
+        except BaseException:
+            self._abandon(plan)
+            raise
+        self._scheduler.begin_step(plan)
+        return launched
+
+    def _collect(self, step: StepInFlight, news: list[_News]) -> list[RequestOutput]:
+        """Wait for a step and take its tokens; return outputs only if it failed."""
+        plan = step.plan
+        try:
+            result = self._runner.finish(step)
         except StepError as error:
             return self._fail_step(plan, str(error))
         except BaseException:
-            self._scheduler.abandon_step(plan)
-            for request in plan.requests:
-                self.abort_request(request.request_id)
+            self._abandon(plan)
             raise
-        self._record(plan, result)
-        for scores in result.prompt_scores:
-            self._streams[scores.request_id].add_prompt_scores(scores)
-        sampling = plan.sampling
+        self._record(step, result)
+        for scores in step.prompt_scores:
+            stream = self._streams.get(scores.request_id)
+            if stream is not None:
+                stream.add_prompt_scores(scores)
+        live = [not item.request.is_finished for item in plan.sampling]
         self._scheduler.complete_step(plan, result.sampled.token_ids)
-        return [
-            self._advance(self._streams[item.request.request_id], logprobs)
-            for item, logprobs in zip(sampling, result.sampled.logprobs, strict=True)
-        ]
+        for item, logprobs, is_live in zip(
+            plan.sampling, result.sampled.logprobs, live, strict=True
+        ):
+            if is_live:
+                news.append((item.request, logprobs))
+        return []
 
-    def _record(self, plan: StepPlan, result: StepResult) -> None:
+    def _abandon(self, plan: StepPlan) -> None:
+        """Give up a step after an error that is nobody's fault but ours, or an interruption."""
+        self._scheduler.abandon_step(plan)
+        for request in plan.requests:
+            self.abort_request(request.request_id)
+
+    def _record(self, step: StepInFlight, result: StepResult) -> None:
         """Add a step to the statistics, the step log and the cost model's experience."""
-        runner = self._runner
+        plan, runner = step.plan, self._runner
         host_pool = runner.host_pool
         self.stats.record(
             plan, result, runner.pool.num_used, host_pool.num_used if host_pool else 0
         )
-        if self._step_log is not None:
-            self._step_log.write(plan, result, runner, None)
-        if plan.prediction is not None and not result.prompt_scores:  # no model of scoring's time
+        for observe in self._step_observers:
+            observe(plan, result, runner, None)
+        if plan.prediction is not None and not step.prompt_scores:  # no model of scoring's time
             self._cost_model.observe(plan.prediction, result.measurement)
 
     def _fail_step(self, plan: StepPlan, message: str) -> list[RequestOutput]:
         """End a failed step's requests with an error; the others and the engine go on."""
         self.stats.num_failed_steps += 1
-        if self._step_log is not None:
-            self._step_log.write(plan, None, self._runner, message)
+        for observe in self._step_observers:
+            observe(plan, None, self._runner, message)
         self._scheduler.abandon_step(plan)
         outputs = [
             self._end(request.request_id, FinishReason.ERROR, message) for request in plan.requests
@@ -336,6 +340,10 @@ class LLMEngine:
         """Abort what is left and release threads and memory."""
         for request_id in list(self._streams):
             self.abort_request(request_id)
+        if self._in_flight is not None:
+            with contextlib.suppress(StepError):
+                self._runner.finish(self._in_flight)
+            self._in_flight = None
         self._runner.close()
         if self._step_log is not None:
             self._step_log.close()

@@ -52,7 +52,7 @@ def score_prompts(
             first_row, token_ids = wanted.first_row + at, wanted.token_ids[at : at + piece]
             rows = torch.arange(first_row, first_row + len(token_ids), device=states.hidden.device)
             logits = model.logits(states.hidden, states.residual, rows)
-            logprobs += _pick(logits.log_softmax(dim=-1), token_ids, wanted.num_top)
+            logprobs += _pick(logits.float().log_softmax(dim=-1), token_ids, wanted.num_top)
         found.append(PromptScores(wanted.request_id, wanted.start, logprobs))
     return found
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from engine.sampling_params import SamplingParams
 from engine.structured_output.matcher import GrammarMatcher
 
+PENDING_TOKEN = -1
+"""Stands for a token that a step in flight samples."""
+
 
 class RequestState(enum.Enum):
     """Where a request stands."""
@@ -36,8 +39,10 @@ class FinishReason(enum.Enum):
 class Request:
     """A request and everything the scheduler needs to know of it.
 
-    `num_computed_tokens` counts the tokens of `prompt + output` whose K and V are in the cache. A
-    preempted request goes back to 0 and keeps its output: nothing that was generated is lost.
+    `num_computed_tokens` counts the tokens of `prompt + output` whose K and V are in the cache, or
+    will be once the steps in flight are done. A preempted request goes back to 0 and keeps its
+    output: nothing that was generated is lost. `num_pending_tokens` counts the tokens that steps in
+    flight sample: they exist, but only the device knows them.
     `sequence` is its place in the order of arrival; `num_skipped_steps` counts the steps in a row
     that left it out while it was host-resident; `last_swap_step` is the step that last moved it.
     The scheduler keeps all three.
@@ -55,6 +60,7 @@ class Request:
     arrival_time_s: float = field(default_factory=time.monotonic)
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
     num_preemptions: int = 0
     num_swaps: int = 0
     placement: Placement = Placement.DEVICE
@@ -70,8 +76,23 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and output."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        """Tokens of prompt and output, pending ones included."""
+        return len(self.prompt_token_ids) + self.num_output_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output, pending ones included."""
+        return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether a step in flight samples the last token that the length allows."""
+        return self.num_pending_tokens > 0 and self.num_output_tokens >= self.max_new_tokens
+
+    @property
+    def last_token_id(self) -> int:
+        """The newest token that is known."""
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -104,12 +125,13 @@ class Request:
         return last in self.eos_token_ids or last in self.params.stop_token_ids
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Return tokens `start` to `end` of prompt and output together."""
+        """Return tokens `start` to `end` of prompt and output; pending ones are `PENDING_TOKEN`."""
         num_prompt = len(self.prompt_token_ids)
         if end <= num_prompt:
             return self.prompt_token_ids[start:end]
         tail = self.output_token_ids[max(0, start - num_prompt) : end - num_prompt]
-        return self.prompt_token_ids[start:num_prompt] + tail
+        known = self.prompt_token_ids[start:num_prompt] + tail
+        return known + [PENDING_TOKEN] * (end - start - len(known))
 
     def append_token(self, token_id: int) -> None:
         """Add a sampled token and finish the request if that token or the length ends it."""

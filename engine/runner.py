@@ -3,21 +3,15 @@
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-from engine.backends import (
-    AttentionShape,
-    HostPoolSize,
-    HostStepTimes,
-    make_backend,
-    resolve_device,
-)
+from engine.backends import AttentionShape, HostPoolSize, make_backend, resolve_device
 from engine.batch import Batch, BatchBuilder
 from engine.checkpoint import Checkpoint
 from engine.config import DTYPES, EngineConfig
 from engine.cost_model.table import StepTables
+from engine.decode_graphs import DecodeGraphs
 from engine.errors import CapacityError, ConfigError, StepError
 from engine.kv_blocks import BlockPool
 from engine.memory import (
@@ -33,36 +27,13 @@ from engine.models.weights import allocate_weights
 from engine.profiler import Profiler
 from engine.prompt_scoring import PromptScores, score_prompts
 from engine.request import Request
-from engine.sampler import SampledTokens, sample
+from engine.sampler import PendingTokens, launch_sampling, sample
 from engine.sampling_params import SamplingParams
-from engine.step_plan import ScheduledRequest, StepMeasurement, StepPlan, SubBatch
+from engine.step_in_flight import StepInFlight, StepResult
+from engine.step_plan import ScheduledRequest, StepPlan, SubBatch
+from engine.token_feedback import TokenFeedback
 
 _PROBE_VOCAB_ID = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What a step gave.
-
-    Args:
-        sampled: New tokens, in batch order.
-        step_s: Wall time, everything included.
-        launch_s: Of it, until the device had all of its work but for sampling.
-        host: What the CPU did; None if it had nothing to do.
-        prompt_scores: Log-probabilities of prompt tokens, of requests that want them.
-    """
-
-    sampled: SampledTokens
-    step_s: float
-    launch_s: float
-    host: HostStepTimes | None
-    prompt_scores: list[PromptScores] = field(default_factory=list)
-
-    @property
-    def measurement(self) -> StepMeasurement:
-        """What the cost model learns from."""
-        attention_s = None if self.host is None else sum(self.host.attention_s)
-        return StepMeasurement(step_s=self.step_s, cpu_attention_s=attention_s)
 
 
 class ModelRunner:
@@ -87,6 +58,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.model_config.dtype)
         self._backend = make_backend(self.device, config.threads)
+        self._feedback = TokenFeedback(config.scheduler.max_num_seqs, self.device)
         try:
             self._model = self._make_model(config, checkpoint, max_model_len, on_progress)
             shape = self._model.attention_shape(config.block_size)
@@ -117,6 +89,8 @@ class ModelRunner:
             raise
         self._limits = config.scheduler
         self._builder = BatchBuilder(self.device, self.pool, self.host_pool)
+        self._graphs = self._make_graphs(config, self.pool, self.max_model_len)
+        self._last_finish_s = 0.0
 
     @property
     def description(self) -> str:
@@ -124,10 +98,65 @@ class ModelRunner:
         return self._backend.description
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute a step.
+        """Compute a step and wait for it; see `launch` and `finish`."""
+        return self.finish(self.launch(plan))
+
+    def launch(self, plan: StepPlan) -> StepInFlight:
+        """Give the device all work of a step.
 
         Args:
-            plan: Not empty; its blocks are reserved in the pools.
+            plan: Not empty; its blocks are reserved in the pools. The step before it must be done
+                unless it `lets_next_go_ahead`.
+
+        Raises:
+            StepError: CPU attention failed or was overdue; other steps can follow.
+        """
+        start_s = time.perf_counter()
+        begin = self._backend.mark()
+        self._swap(plan)
+        is_graph = self._graphs is not None and self._graphs.fits(plan)
+        uses_host = any(sub_batch.cdec for sub_batch in plan.sub_batches)
+        scores: list[PromptScores] = []
+        try:
+            if is_graph:
+                assert self._graphs is not None
+                self._backend.join_copies()  # a graph cannot wait for them layer by layer
+                tokens = self._graphs.launch(plan.scheduled)
+            else:
+                tokens, scores = self._launch_eagerly(plan)
+            self._feedback.note(item.request for item in plan.sampling)
+            self._backend.join_copies()
+        except BaseException as error:
+            self._backend.abandon_step(f"{type(error).__name__} on the device")
+            if uses_host:
+                with contextlib.suppress(StepError):
+                    self._backend.end_step()
+            raise
+        return StepInFlight(
+            plan=plan,
+            tokens=tokens,
+            start_s=start_s,
+            launch_s=time.perf_counter() - start_s,
+            begin=begin,
+            end=self._backend.mark(),
+            uses_host=uses_host,
+            is_graph=is_graph,
+            prompt_scores=scores,
+        )
+
+    def _launch_eagerly(self, plan: StepPlan) -> tuple[PendingTokens, list[PromptScores]]:
+        source, complete = self._feedback.source, self._feedback.complete
+        sub_batches = [s for s in plan.sub_batches if s.num_tokens]
+        batches = [complete(self._builder.build(s, source)) for s in sub_batches]
+        self._backend.begin_step(batches)
+        states = self._model.run_layers(batches)
+        logits = torch.cat(self._model.sampling_logits(states, batches))
+        tokens = launch_sampling(logits, [item.request for item in plan.sampling])
+        self._feedback.keep(tokens.token_ids)
+        return tokens, self._prompt_scores(states, batches)
+
+    def finish(self, step: StepInFlight) -> StepResult:
+        """Wait for a step.
 
         Returns:
             New tokens of the plan's shares that sample, in batch order, and measured times.
@@ -135,26 +164,31 @@ class ModelRunner:
         Raises:
             StepError: CPU attention failed or was overdue; other steps can follow.
         """
-        start = time.perf_counter()
-        self._swap(plan)
-        batches = [self._builder.build(s) for s in plan.sub_batches if s.num_tokens]
-        self._backend.begin_step(batches)
         try:
-            states = self._model.run_layers(batches)
-            logits = torch.cat(self._model.sampling_logits(states, batches))
-            launch_s = time.perf_counter() - start
-            sampled = sample(logits, [item.request for item in plan.sampling])
-            scores = self._prompt_scores(states, batches)
+            sampled = step.tokens.wait()
         except BaseException as error:
-            self._backend.abandon_step(f"{type(error).__name__} on the device")
-            with contextlib.suppress(StepError):
-                self._backend.end_step()
+            self._backend.abandon_step(f"{type(error).__name__} while waiting for the device")
+            if step.uses_host:
+                with contextlib.suppress(StepError):
+                    self._backend.end_step()
             raise
-        host = self._backend.end_step()
-        step_s = time.perf_counter() - start
+        host = self._backend.end_step() if step.uses_host else None
+        now_s = time.perf_counter()
+        step_s = now_s - max(step.start_s, self._last_finish_s)
+        self._last_finish_s = now_s
         return StepResult(
-            sampled=sampled, step_s=step_s, launch_s=launch_s, host=host, prompt_scores=scores
+            sampled=sampled,
+            step_s=step_s,
+            launch_s=step.launch_s,
+            device_s=step.end.seconds_since(step.begin),
+            is_graph=step.is_graph,
+            host=host,
         )
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the device works behind the host, so that going ahead of it pays."""
+        return self._backend.runs_behind
 
     def _prompt_scores(
         self, states: Sequence[FinalStates], batches: Sequence[Batch]
@@ -216,7 +250,7 @@ class ModelRunner:
     def _num_blocks(self, config: EngineConfig, shape: AttentionShape, max_model_len: int) -> int:
         if self.device.type == "cpu":
             return num_cpu_device_blocks(config, shape, max_model_len)
-        self._run_worst_step(config, shape)
+        self._run_worst_step(config, shape, max_model_len)
         # What is taken now, by anyone, plus what this process held in addition at its peak.
         peak = torch.cuda.max_memory_reserved(self.device)
         torch.cuda.empty_cache()
@@ -226,7 +260,23 @@ class ModelRunner:
             config, shape, max_model_len, total_bytes=total, occupied_bytes=occupied
         )
 
-    def _run_worst_step(self, config: EngineConfig, shape: AttentionShape) -> None:
+    def _make_graphs(
+        self, config: EngineConfig, pool: BlockPool, max_model_len: int
+    ) -> DecodeGraphs | None:
+        if self.device.type != "cuda" or config.enforce_eager:
+            return None
+        return DecodeGraphs(
+            self._model,
+            self._backend,
+            pool,
+            self._feedback,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+
+    def _run_worst_step(
+        self, config: EngineConfig, shape: AttentionShape, max_model_len: int
+    ) -> None:
         """Run the largest step there can be, so that its memory can be measured."""
         limits = config.scheduler
         num_tokens = min(limits.max_num_batched_tokens, self.model_config.rope.max_positions)
@@ -244,6 +294,9 @@ class ModelRunner:
         self._backend.begin_step([batch])
         [logits] = self._model.forward([batch])
         sample(logits.expand(limits.max_num_seqs, -1).clone(), [request] * limits.max_num_seqs)
+        graphs = self._make_graphs(config, pool, max_model_len)
+        if graphs is not None:
+            graphs.capture_largest()
         torch.cuda.synchronize(self.device)
 
 

@@ -120,7 +120,7 @@ class SamplingParams:
     @staticmethod
     def _check(ok: bool, name: str, expected: str, got: object) -> None:
         if not ok:
-            raise RequestError(f"{name} must be {expected}, got {got}")
+            raise RequestError(f"{name} must be {expected}, got {got}", field=name)
 
     @property
     def is_greedy(self) -> bool:

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from engine.runner import StepResult
+from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan
 
 
@@ -19,6 +19,7 @@ class EngineStats:
     load_time_s: float = 0.0
     num_steps: int = 0
     num_failed_steps: int = 0
+    graph_steps: int = 0
     steps_by_mode: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     prefill_tokens: int = 0
@@ -28,6 +29,7 @@ class EngineStats:
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     step_time_s: float = 0.0
+    device_busy_time_s: float = 0.0
     cpu_attention_time_s: float = 0.0
     predicted_step_time_s: float = 0.0
     matched_step_time_s: float = 0.0
@@ -47,13 +49,15 @@ class EngineStats:
             self.rows["cprf"] += sum(item.num_tokens for item in sub_batch.cprf)
         self.decode_tokens += plan.num_decodes
         self.prefill_tokens += plan.num_tokens - plan.num_decodes
-        self.generated_tokens += len(plan.sampling)
+        self.generated_tokens += sum(not item.request.is_finished for item in plan.sampling)
         self.num_preemptions += len(plan.preempted)
         self.swapped_out_blocks += sum(len(swap.device_blocks) for swap in plan.swaps_out)
         self.swapped_in_blocks += sum(len(swap.device_blocks) for swap in plan.swaps_in)
         self.peak_used_blocks = max(self.peak_used_blocks, used_blocks)
         self.peak_used_host_blocks = max(self.peak_used_host_blocks, used_host_blocks)
         self.step_time_s += result.step_s
+        self.device_busy_time_s += result.device_busy_s
+        self.graph_steps += result.is_graph
         if result.host is not None:
             self.cpu_attention_time_s += sum(result.host.attention_s)
         if plan.prediction is not None:

@@ -2,13 +2,18 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 from engine.errors import ConfigError
-from engine.runner import ModelRunner, StepResult
+from engine.runner import ModelRunner
+from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan
+
+StepObserver = Callable[[StepPlan, StepResult | None, ModelRunner, str | None], None]
+"""Called with a step's plan, what was measured (None if it failed), the runner, and its error."""
 
 
 class StepLog:
@@ -77,6 +82,9 @@ def _measured(result: StepResult) -> dict[str, object]:
     measured: dict[str, object] = {
         "step_s": result.step_s,
         "launch_s": result.launch_s,
+        "device_s": result.device_s,
+        "device_busy_s": result.device_busy_s,
+        "is_graph": result.is_graph,
     }
     if result.host is not None:
         measured |= asdict(result.host)

@@ -21,11 +21,19 @@ class StepMode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """A request's share of a step: tokens `start` to `start + num_tokens` go through the model."""
+    """A request's share of a step: tokens `start` to `start + num_tokens` go through the model.
+
+    `samples` says whether the step ends with a new token for this request (not so for inner
+    chunks); it is settled when the share is made, because the request grows while the step runs.
+    """
 
     request: Request
     start: int
     num_tokens: int
+    samples: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.end == self.request.num_tokens)
 
     @property
     def end(self) -> int:
@@ -41,11 +49,6 @@ class ScheduledRequest:
         if self.request.params.prompt_logprobs is None:
             return 0
         return max(0, min(self.end, len(self.request.prompt_token_ids) - 1) - self.start)
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step ends with a new token for this request (not so for inner chunks)."""
-        return self.end == self.request.num_tokens
 
 
 @dataclass(slots=True)
@@ -139,6 +142,8 @@ class StepPlan:
     """Why this mode, in a few words, for logs."""
     forced: bool = False
     """Whether a host-resident request that had waited long enough made the choice, not the rate."""
+    is_begun: bool = False
+    """Whether the scheduler counts it as on its way."""
 
     @property
     def scheduled(self) -> list[ScheduledRequest]:

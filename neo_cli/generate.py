@@ -157,6 +157,8 @@ def generate(
     ),
     mode: opt.Mode = default(SchedulerConfig, "mode"),
     tpot_limit_ms: opt.TpotLimitMs = default(SchedulerConfig, "tpot_limit_ms"),
+    enforce_eager: opt.EnforceEager = default(EngineConfig, "enforce_eager"),
+    async_scheduling: opt.AsyncScheduling = default(EngineConfig, "async_scheduling"),
     log_steps: opt.LogSteps = default(EngineConfig, "log_steps"),
 ) -> int:
     """Complete or answer prompts.
@@ -204,6 +206,8 @@ def generate(
                 mode=mode,
                 tpot_limit_ms=tpot_limit_ms,
             ),
+            enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
             log_steps=log_steps,
         )
         if logprobs is not None and not json_lines:

@@ -14,6 +14,7 @@ from neo_cli.generate import generate
 from neo_cli.info import info
 from neo_cli.options import INTERRUPTED
 from neo_cli.profile import profile
+from neo_cli.serve import serve
 
 # Typer's own base of "the command line is wrong"; where it lives differs between its versions.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -49,6 +50,7 @@ app.command("build-kernels")(build_kernels)
 app.command("generate")(generate)
 app.command("info")(info)
 app.command("profile")(profile)
+app.command("serve")(serve)
 
 
 def main() -> None:

@@ -73,4 +73,15 @@ TpotLimitMs = Annotated[
     float | None,
     option("Steps with decodes should not take longer than this.", MODEL_PANEL),
 ]
+EnforceEager = Annotated[
+    bool, option("Launch every GPU kernel by itself, without CUDA graphs.", MODEL_PANEL)
+]
+AsyncScheduling = Annotated[
+    bool | None,
+    option(
+        "Plan the next step while the device runs this one; on for a GPU if left out.",
+        MODEL_PANEL,
+        "--async-scheduling/--no-async-scheduling",
+    ),
+]
 LogSteps = Annotated[Path | None, option("Write one JSON line a step to this file.", OUTPUT_PANEL)]

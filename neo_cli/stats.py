@@ -21,6 +21,8 @@ def stats_dict(engine: LLMEngine) -> dict[str, float | int | str]:
         "prefill_tokens": stats.prefill_tokens,
         "generated_tokens": stats.generated_tokens,
         "output_tokens_per_s": round(_rate(stats.generated_tokens, stats.step_time_s), 2),
+        "device_busy_share": round(_rate(stats.device_busy_time_s, stats.step_time_s), 3),
+        "graph_steps": stats.graph_steps,
         "num_preemptions": stats.num_preemptions,
         "kv_blocks": runner.pool.num_blocks,
         "kv_blocks_peak": stats.peak_used_blocks,
@@ -65,6 +67,7 @@ def print_stats(engine: LLMEngine) -> None:
             "generated tokens",
             f"{values['generated_tokens']} ({values['output_tokens_per_s']:.1f} tokens/s)",
         ),
+        ("device busy", f"{float(values['device_busy_share']):.1%} of the time in steps"),
         ("preemptions", f"{values['num_preemptions']}"),
         (
             "KV blocks",

@@ -7,6 +7,7 @@ the times of a step do not depend on what is in them.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from workloads.model_shapes import model_shape_folder
 from workloads.result_file import write_result
 from workloads.synthetic import synthetic_workload
 
+KERNEL_NAMES = (
+    ("gpu_attention", ("decode_attention", "merge_splits", "prefill_attention")),
+    ("gpu_linear", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas")),
+)
 HOST_ROWS = (0, 1, 8, 16, 32, 64)
 REPEATS = 7
 
@@ -78,6 +83,7 @@ class StepBench:
         mode = StepMode.ASYMMETRIC if host_rows else StepMode.GPU_ONLY
         plan = StepPlan(mode=mode, sub_batches=sub_batches)
         results = [self._runner.execute(plan) for _ in range(REPEATS + 2)][2:]
+        kernels = kernel_ms(lambda: self._runner.execute(plan))
         for item in plan.scheduled:
             for pool in (self._runner.pool, self._runner.host_pool):
                 if pool is not None:
@@ -89,11 +95,26 @@ class StepBench:
             "lanes": lanes,
             "host_len": host_len,
             "step_ms": _median(result.step_s for result in results),
+            **{f"{name}_ms": value for name, value in kernels.items()},
+            "device_ms": _median(result.device_s for result in results),
+            "exposed_wait_ms": _median(host.device_waiting_s for host in hosts),
             "launch_ms": _median(result.launch_s for result in results),
             "cpu_attention_ms": _median(sum(host.attention_s) for host in hosts),
             "cpu_idle_ms": _median(host.waiting_s for host in hosts),
             "handover_us": _median(host.handover_s for host in hosts) * 1e3,
         }
+
+
+def kernel_ms(run: Callable[[], object]) -> dict[str, float]:
+    """Return what a step's kernels take on the GPU by themselves, by kind, in milliseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    totals = {"gpu_linear": 0.0, "gpu_attention": 0.0, "gpu_other": 0.0}
+    for event in profile.key_averages():
+        kind = next((k for k, names in KERNEL_NAMES if any(n in event.key for n in names)), None)
+        totals[kind or "gpu_other"] += event.self_device_time_total / 1000
+    return totals
 
 
 def _median(seconds: Any) -> float:

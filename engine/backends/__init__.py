@@ -1,11 +1,19 @@
 """The seam between the engine and its kernels: the only place that imports a kernel package."""
 
-from engine.backends.base import AttentionShape, Backend, HostPoolSize, HostStepTimes, LayerNorms
+from engine.backends.base import (
+    AttentionShape,
+    Backend,
+    DeviceMark,
+    HostPoolSize,
+    HostStepTimes,
+    LayerNorms,
+)
 from engine.backends.select import make_backend, resolve_device
 
 __all__ = [
     "AttentionShape",
     "Backend",
+    "DeviceMark",
     "HostPoolSize",
     "HostStepTimes",
     "LayerNorms",

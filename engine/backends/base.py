@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -67,11 +67,20 @@ class HostStepTimes:
         attention_s: Computing attention, for each lane, over all layers.
         waiting_s: Ready, but without rows to attend.
         handover_s: Median time between seeing rows and starting on them.
+        device_waiting_s: The device's waiting for answers.
     """
 
     attention_s: tuple[float, ...]
     waiting_s: float
     handover_s: float
+    device_waiting_s: float = 0.0
+
+
+class DeviceMark(Protocol):
+    """A point in the device's work."""
+
+    def seconds_since(self, earlier: Any) -> float:
+        """Return the time from an earlier mark to this one; both must have been passed."""
 
 
 class Backend(Protocol):
@@ -88,6 +97,16 @@ class Backend(Protocol):
     @property
     def num_attention_threads(self) -> int:
         """Threads of CPU attention, 0 if there are none."""
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether work is launched first and done later, so that the host can go ahead."""
+
+    def mark(self) -> DeviceMark:
+        """Mark the point after all work launched so far."""
+
+    def num_decode_splits(self, num_seqs: int, max_seq_len: int) -> int:
+        """Return into how many splits decode attention on the device cuts each request."""
 
     def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Compile or load every kernel that serving the model will launch; return how many."""
@@ -110,8 +129,11 @@ class Backend(Protocol):
     def begin_step(self, batches: Sequence[Batch]) -> None:
         """Announce a step: lane `i` of the calls that follow is `batches[i]`."""
 
+    def join_copies(self) -> None:
+        """Let work launched after this wait for all copies between host and device so far."""
+
     def end_step(self) -> HostStepTimes | None:
-        """Wait until the CPU has left the step.
+        """Wait until the CPU has left the step, before the next one is announced.
 
         Returns:
             Its times; None if the step had no host-resident rows.

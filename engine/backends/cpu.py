@@ -3,6 +3,7 @@
 Both pools have the host layout here, because the processor that reads them is the CPU.
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,17 @@ from engine.errors import CapacityError, ConfigError
 from engine.host_memory import allocate_host_tensor
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
+
+
+class ClockMark:
+    """A moment."""
+
+    def __init__(self) -> None:
+        self._time_s = time.perf_counter()
+
+    def seconds_since(self, earlier: "ClockMark") -> float:
+        """Return the time between two moments."""
+        return self._time_s - earlier._time_s
 
 
 class CpuBackend:
@@ -53,6 +65,19 @@ class CpuBackend:
     def num_attention_threads(self) -> int:
         """Threads of CPU attention."""
         return self._kernels.num_threads
+
+    @property
+    def runs_behind(self) -> bool:
+        """False: calls compute at once."""
+        return False
+
+    def mark(self) -> "ClockMark":
+        """Mark this moment; see `Backend`."""
+        return ClockMark()
+
+    def num_decode_splits(self, num_seqs: int, max_seq_len: int) -> int:
+        """Return 1: the CPU kernels cut requests by themselves."""
+        return 1
 
     def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Nothing to do: the kernels are built ahead of time for every model."""
@@ -94,6 +119,9 @@ class CpuBackend:
         self._batches = batches
         if self._host is not None:
             self._host.begin_step(batches)
+
+    def join_copies(self) -> None:
+        """Nothing to do: copies are made at once."""
 
     def end_step(self) -> HostStepTimes | None:
         """Wait for the CPU; see `Backend`."""

@@ -8,6 +8,7 @@ from cpu_kernels.attention import CpuAttention
 from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
 from engine.backends.cuda_staging import Staging
+from engine.backends.cuda_swaps import Swaps
 from engine.backends.host_attention import HostAttention
 from engine.batch import Batch, PagedRows
 from engine.errors import ConfigError
@@ -15,11 +16,28 @@ from engine.model_config import ModelConfig
 from engine.paths import cache_dir
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
-from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.tiles import decode_num_splits, num_multiprocessors
 from gpu_kernels.warmup import ModelShape, precompile
+
+
+class StreamMark:
+    """A point in the work of a GPU's current stream.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(torch.cuda.current_stream(device))
+
+    def seconds_since(self, earlier: "StreamMark") -> float:
+        """Return the time between two points that have been passed."""
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1000
 
 
 class CudaBackend:
@@ -38,6 +56,7 @@ class CudaBackend:
         self._kernels: CpuAttention | None = None
         self._host: HostAttention | None = None
         self._staging: Staging | None = None
+        self._swaps: Swaps | None = None
         self._batches: Sequence[Batch] = ()
         # Rows of host-resident decodes are rotated like all others but stored by the CPU.
         self._no_slots = torch.empty(0, dtype=torch.int64)
@@ -55,6 +74,21 @@ class CudaBackend:
     def num_attention_threads(self) -> int:
         """Threads of CPU attention, 0 without a host pool."""
         return self._kernels.num_threads if self._kernels is not None else 0
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the host can go ahead; see `Backend`."""
+        return True
+
+    def mark(self) -> "StreamMark":
+        """Mark the point after all work launched so far; see `Backend`."""
+        return StreamMark(self.device)
+
+    def num_decode_splits(self, num_seqs: int, max_seq_len: int) -> int:
+        """Return the splits of decode attention; see `Backend`."""
+        num_kv_heads = self._checked_shape().num_kv_heads
+        sms = num_multiprocessors(self.device)
+        return decode_num_splits(num_seqs, num_kv_heads, max_seq_len, sms)
 
     def prepare(self, config: ModelConfig, shape: AttentionShape) -> int:
         """Compile the model's kernels, or load them from Triton's cache."""
@@ -100,23 +134,16 @@ class CudaBackend:
             raise ConfigError(f"{error}, or use --mode gpu-only") from error
         self._host = HostAttention(self._kernels, shape, size, self.device)
         self._staging = Staging(shape, self._host, self.device)
+        self._swaps = Swaps(self._k_cache, self._v_cache, self._host)
         self._no_slots = torch.full((size.max_rows,), -1, dtype=torch.int64, device=self.device)
 
     def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
-        """Copy blocks to the host pool; see `Backend`."""
-        host = self._checked_host()
-        ids, host_ids = self._ids(device_blocks), self._ids(host_blocks)
-        swap_out_kv(self._k_cache, self._v_cache, ids, host.k_pool, host.v_pool, host_ids)
+        """Copy blocks to the host pool, under the step's compute; see `Backend`."""
+        self._checked_swaps().start(device_blocks, host_blocks, to_host=True)
 
     def swap_in(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
-        """Copy blocks from the host pool; see `Backend`."""
-        host = self._checked_host()
-        ids, host_ids = self._ids(device_blocks), self._ids(host_blocks)
-        swap_in_kv(self._k_cache, self._v_cache, ids, host.k_pool, host.v_pool, host_ids)
-
-    def _ids(self, blocks: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor(blocks, dtype=torch.int32, pin_memory=True)
-        return ids.to(self.device, non_blocking=True)
+        """Copy blocks from the host pool, under the step's compute; see `Backend`."""
+        self._checked_swaps().start(device_blocks, host_blocks, to_host=False)
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
         """Announce a step; see `Backend`."""
@@ -124,10 +151,15 @@ class CudaBackend:
         if self._host is not None:
             self._host.begin_step(batches)
 
-    def end_step(self) -> HostStepTimes | None:
-        """Wait for the CPU; see `Backend`."""
+    def join_copies(self) -> None:
+        """Let later work wait for the step's copies; see `Backend`."""
         if self._staging is not None:
             self._staging.join()
+        if self._swaps is not None:
+            self._swaps.join()
+
+    def end_step(self) -> HostStepTimes | None:
+        """Wait for the CPU; see `Backend`."""
         return self._host.end_step() if self._host is not None else None
 
     def abandon_step(self, reason: str) -> None:
@@ -166,6 +198,8 @@ class CudaBackend:
     ) -> torch.Tensor:
         """Rotate, store and attend; see `Backend`."""
         batch, shape = self._batches[lane], self._checked_shape()
+        if self._swaps is not None:
+            self._swaps.wait_for(layer)
         out = qkv.new_empty(qkv.shape[0], shape.num_q_heads, shape.head_dim)
         if batch.host_decodes is not None:
             # First, so that the CPU's work begins as early as it can.
@@ -199,6 +233,10 @@ class CudaBackend:
     def _checked_shape(self) -> AttentionShape:
         assert self._shape is not None, "allocate_kv_cache comes first"
         return self._shape
+
+    def _checked_swaps(self) -> Swaps:
+        assert self._swaps is not None, "there is no host pool"
+        return self._swaps
 
     def _checked_host(self) -> HostAttention:
         assert self._host is not None, "there is no host pool"
@@ -259,6 +297,7 @@ class CudaBackend:
                 rows.seq_lens[:num_decodes],
                 scale,
                 max_seq_len=max(rows.context_lens[:num_decodes]),
+                num_splits=rows.num_splits,
             )
         if rows.num_tokens > num_decodes:
             paged_prefill_attention(
@@ -281,4 +320,4 @@ class CudaBackend:
             self._host.close()
         if self._kernels is not None:
             self._kernels.close()
-        self._host = self._kernels = self._staging = None
+        self._host = self._kernels = self._staging = self._swaps = None

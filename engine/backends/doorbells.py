@@ -6,6 +6,7 @@ entries of the stream.
 """
 
 import ctypes
+import time
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,9 @@ class Doorbells(Protocol):
     def wait(self, lane: int, ticket: int) -> None:
         """Let no later work begin before the answer has come."""
 
+    def take_waiting_s(self) -> float:
+        """Return how long the device waited since the last call; all waits must be over."""
+
 
 class HostDoorbells:
     """The device is the CPU: calls ring and wait at once.
@@ -36,6 +40,7 @@ class HostDoorbells:
 
     def __init__(self, service: AttentionService) -> None:
         self._service = service
+        self._waiting_s = 0.0
 
     def ring(self, lane: int, ticket: int) -> None:
         """Ring now; see `Doorbells`."""
@@ -43,7 +48,14 @@ class HostDoorbells:
 
     def wait(self, lane: int, ticket: int) -> None:
         """Block the caller; see `Doorbells`."""
+        start = time.perf_counter()
         self._service.wait(lane, ticket)
+        self._waiting_s += time.perf_counter() - start
+
+    def take_waiting_s(self) -> float:
+        """Return how long `wait` blocked; see `Doorbells`."""
+        waiting_s, self._waiting_s = self._waiting_s, 0.0
+        return waiting_s
 
 
 class StreamDoorbells:
@@ -62,6 +74,8 @@ class StreamDoorbells:
         self._device = device
         self._requests = [bells[lane, 0].data_ptr() for lane in range(bells.shape[0])]
         self._answers = [bells[lane, 1].data_ptr() for lane in range(bells.shape[0])]
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._num_waits = 0
         try:
             driver = ctypes.CDLL("libcuda.so.1")
             self._write = _stream_operation(driver, "cuStreamWriteValue32_v2")
@@ -77,8 +91,23 @@ class StreamDoorbells:
         self._enqueue(self._write, self._requests[lane], ticket, _WRITE_DEFAULT)
 
     def wait(self, lane: int, ticket: int) -> None:
-        """Enqueue the wait; see `Doorbells`."""
+        """Enqueue the wait between two events; see `Doorbells`."""
+        if self._num_waits == len(self._events):
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events.append(pair)
+        before, after = self._events[self._num_waits]
+        self._num_waits += 1
+        stream = torch.cuda.current_stream(self._device)
+        before.record(stream)
         self._enqueue(self._wait, self._answers[lane], ticket, _WAIT_GEQ)
+        after.record(stream)
+
+    def take_waiting_s(self) -> float:
+        """Return how long the stream stood still; see `Doorbells`."""
+        pairs = self._events[: self._num_waits]
+        self._num_waits = 0
+        milliseconds: float = sum(before.elapsed_time(after) for before, after in pairs)
+        return milliseconds / 1000
 
     def _enqueue(self, operation: Any, address: int, ticket: int, flags: int) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream

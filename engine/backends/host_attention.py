@@ -46,6 +46,7 @@ class HostAttention:
     ) -> None:
         self._shape = shape
         self._pinned: list[torch.Tensor] = []
+        self._device = device
         self._on_gpu = device.type == "cuda"
         k_shape, v_shape = host_kv_shapes(
             size.num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
@@ -137,11 +138,15 @@ class HostAttention:
         try:
             report = self._service.end_step()
         except ServiceError as error:
+            if self._on_gpu:
+                torch.cuda.synchronize(self._device)
+            self._bells.take_waiting_s()
             raise StepError(f"CPU attention failed: {error}") from error
         return HostStepTimes(
             attention_s=tuple(report.attention_s),
             waiting_s=report.waiting_s,
             handover_s=report.handover_s,
+            device_waiting_s=self._bells.take_waiting_s(),
         )
 
     def abandon_step(self, reason: str) -> None:

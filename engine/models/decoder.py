@@ -76,7 +76,7 @@ class DecoderModel:
     def sampling_logits(
         self, states: Sequence[FinalStates], batches: Sequence[Batch]
     ) -> list[torch.Tensor]:
-        """Return, for each sub-batch, logits of its `logits_rows`: `[L, vocab_size]`, float32."""
+        """Return, for each sub-batch, logits of its `logits_rows`, `[L, vocab_size]`."""
         return [
             self.logits(rows.hidden, rows.residual, batch.logits_rows)
             for rows, batch in zip(states, batches, strict=True)
@@ -165,11 +165,12 @@ class DecoderModel:
 
     @torch.inference_mode()
     def logits(
-        self, hidden: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor
+        self, hidden: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the head's output for some rows: `[L, vocab_size]`, float32."""
-        hidden, residual = hidden[rows], residual[rows]
+        """Return the head's output for some rows, or all: `[L, vocab_size]`, the model's dtype."""
+        if rows is not None:
+            hidden, residual = hidden[rows], residual[rows]
         normed = self._backend.add_rms_norm(
             hidden, residual, self.weights.final_norm, self.config.rms_norm_eps
         )
-        return F.linear(normed, self.weights.lm_head).float()
+        return F.linear(normed, self.weights.lm_head)

@@ -34,6 +34,8 @@ def take_prompts(
     for request in view.waiting:
         if budget <= 0 or view.num_running + len(admitted) >= max_num_seqs:
             break
+        if request.num_pending_tokens:
+            break  # preempted while a step in flight sampled for it: its tokens are not all known
         num_blocks = -(-request.num_tokens // view.block_size)
         if num_blocks <= device_free:
             placement, device_free = Placement.DEVICE, device_free - num_blocks

@@ -99,20 +99,27 @@ class Scheduler:
         self._num_steps += 1
         return plan
 
-    def complete_step(self, plan: StepPlan, token_ids: Sequence[int]) -> None:
-        """Record what a step computed.
-
-        Args:
-            plan: The step.
-            token_ids: The new tokens of `plan.sampling`.
-        """
-        sampling = plan.sampling
+    def begin_step(self, plan: StepPlan) -> None:
+        """Count a step as on its way, so that the next one can be planned before it is done."""
+        plan.is_begun = True
         for item in plan.scheduled:
             item.request.num_computed_tokens = item.end
-        for item, token_id in zip(sampling, token_ids, strict=True):
+            item.request.num_pending_tokens += item.samples
+
+    def complete_step(self, plan: StepPlan, token_ids: Sequence[int]) -> None:
+        """Record what a step sampled.
+
+        Args:
+            plan: The step; begun here if it has not been.
+            token_ids: The new tokens of `plan.sampling`.
+        """
+        if not plan.is_begun:
+            self.begin_step(plan)
+        for item, token_id in zip(plan.sampling, token_ids, strict=True):
             request = item.request
+            request.num_pending_tokens -= 1
             if request.is_finished:
-                continue  # aborted while the step ran
+                continue  # ended while the step ran: the token is one too many
             request.append_token(token_id)
             if request.is_finished:
                 self.release(request)
@@ -123,6 +130,9 @@ class Scheduler:
         Its requests' caches are in an unknown state. Those that the caller aborts, before or after,
         are gone; all others start again from their tokens.
         """
+        if plan.is_begun:
+            for item in plan.sampling:
+                item.request.num_pending_tokens -= 1
         involved = [item.request for item in plan.scheduled]
         involved += [swap.request for swap in plan.swaps_out + plan.swaps_in]
         for request in sorted(set(involved), key=_sequence):
@@ -142,11 +152,15 @@ class Scheduler:
     def _resident(self, placement: Placement) -> list[Request]:
         return [request for request in self._running if request.placement is placement]
 
+    def _last_resident(self, placement: Placement) -> Request:
+        """Return who gives way; a request that only awaits its last token keeps its blocks."""
+        return [r for r in self._resident(placement) if not r.awaits_last_token][-1]
+
     def _reserve_host_decodes(self, plan: StepPlan) -> None:
         """Reserve every host-resident row's next block; the last come give way to the first."""
         for request in [r for r in self._resident(Placement.HOST) if _decodes(r)]:
             while request.state is RequestState.RUNNING and not self.residency.can_grow(request):
-                victim = self._resident(Placement.HOST)[-1]
+                victim = self._last_resident(Placement.HOST)
                 self._preempt(victim)
                 plan.preempted.append(victim)
             if request.state is RequestState.RUNNING:
@@ -156,7 +170,7 @@ class Scheduler:
         """Reserve every device-resident row's next block; the last come give way to the first."""
         for request in [r for r in self._resident(Placement.DEVICE) if _decodes(r)]:
             while _is_on_device(request) and not self.residency.can_grow(request):
-                victim = self._resident(Placement.DEVICE)[-1]
+                victim = self._last_resident(Placement.DEVICE)
                 if self._rules.should_swap_out(victim):
                     plan.swaps_out.append(self.residency.swap_out(victim, self._num_steps))
                 else:
@@ -174,7 +188,7 @@ class Scheduler:
         for request in self._resident(Placement.HOST):
             if self._waiting and request.sequence > self._waiting[0].sequence:
                 return
-            if self._rules.fits_device(request):
+            if self._rules.fits_device(request) and not request.awaits_last_token:
                 num_on_device = len(self._resident(Placement.DEVICE))
                 if self._rules.may_swap_in(request, num_on_device, self._num_steps):
                     plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
@@ -195,7 +209,7 @@ class Scheduler:
         return StepView(
             gdec=[request for request in on_device if _decodes(request)],
             cdec=sorted(cdec, key=lambda r: (self._rules.patience(r), r.sequence)),
-            prefilling=[request for request in self._running if not _decodes(request)],
+            prefilling=[r for r in self._running if r.num_uncomputed_tokens > 1],
             waiting=self._waiting,
             num_running=len(self._running),
             device_free=0 if self._device_is_spoken_for(on_host) else device.num_free,
@@ -257,7 +271,7 @@ def _sequence(request: Request) -> int:
 
 
 def _decodes(request: Request) -> bool:
-    return request.num_uncomputed_tokens == 1
+    return request.num_uncomputed_tokens == 1 and not request.awaits_last_token
 
 
 def _is_on_device(request: Request) -> bool:

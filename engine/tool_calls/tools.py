@@ -38,22 +38,22 @@ class Tool:
             RequestError: It is not of that form.
         """
         if not isinstance(definition, Mapping):
-            raise RequestError(f"{where} must be an object, got {_short(definition)}")
+            raise _wrong(f"{where} must be an object, got {_short(definition)}")
         if definition.get("type", "function") != "function":
-            raise RequestError(f'{where}.type must be "function", got {_short(definition["type"])}')
+            raise _wrong(f'{where}.type must be "function", got {_short(definition["type"])}')
         function = definition.get("function")
         if not isinstance(function, Mapping):
-            raise RequestError(f"{where}.function must be an object, got {_short(function)}")
+            raise _wrong(f"{where}.function must be an object, got {_short(function)}")
         name, parameters = function.get("name"), function.get("parameters")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise RequestError(
+            raise _wrong(
                 f"{where}.function.name must have 1 to 64 letters, digits, '_', '.' or '-', "
                 f"got {_short(name)}"
             )
         if parameters is None:
             parameters = _NO_PARAMETERS
         if not isinstance(parameters, Mapping):
-            raise RequestError(
+            raise _wrong(
                 f"{where}.function.parameters must be a JSON schema, got {_short(parameters)}"
             )
         return cls(name, parameters, definition)
@@ -69,9 +69,13 @@ def parse_tools(definitions: Sequence[object]) -> list[Tool]:
     names = [tool.name for tool in tools]
     for name in names:
         if names.count(name) > 1:
-            raise RequestError(f"tools must have different names, got {name!r} more than once")
+            raise _wrong(f"tools must have different names, got {name!r} more than once")
     return tools
 
 
 def _short(value: object) -> str:
     return json.dumps(value, default=str)[:80]
+
+
+def _wrong(message: str) -> RequestError:
+    return RequestError(message, field="tools")

@@ -55,7 +55,7 @@ class ToolUse:
         if not tools:
             if tool_choice in (None, "none", "auto"):
                 return None
-            raise RequestError("tool_choice needs tools, and tools is empty")
+            raise RequestError("tool_choice needs tools, and tools is empty", field="tool_choice")
         parsed = parse_tools(tools)
         named = _named(tool_choice, parsed)
         if tool_choice == "none":
@@ -63,7 +63,8 @@ class ToolUse:
         if tool_format is None:
             raise RequestError(
                 "tools cannot be used: the model's chat template knows none, or its way of calling "
-                "them is unknown; if it is not, start the server with --tool-call-parser"
+                "them is unknown; if it is not, start the server with --tool-call-parser",
+                field="tools",
             )
         grammar = None
         if named is not None:
@@ -87,7 +88,8 @@ class ToolUse:
             if params.structured_output is not None:
                 raise RequestError(
                     f"tool_choice forces a call, and {params.structured_output.kind} another form "
-                    "of output; use only one of them"
+                    "of output; use only one of them",
+                    field="tool_choice",
                 )
             return replace(params, structured_output=self.structured_output)
         if self.tool_format.needs_special_tokens:
@@ -107,8 +109,13 @@ def _named(tool_choice: object, tools: Sequence[Tool]) -> Tool | None:
     function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(tool_choice, Mapping) or tool_choice.get("type") != "function" or not name:
-        raise RequestError(f"tool_choice must be {_CHOICES}, got {tool_choice!r}")
+        raise RequestError(
+            f"tool_choice must be {_CHOICES}, got {tool_choice!r}", field="tool_choice"
+        )
     for tool in tools:
         if tool.name == name:
             return tool
-    raise RequestError(f"tool_choice names the function {name!r}, which is not among the tools")
+    raise RequestError(
+        f"tool_choice names the function {name!r}, which is not among the tools",
+        field="tool_choice",
+    )

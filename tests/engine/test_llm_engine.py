@@ -192,18 +192,19 @@ class _DeviceError(Exception):
     pass
 
 
+@pytest.mark.parametrize("method", ["launch", "finish"])
 @pytest.mark.parametrize("error", [_DeviceError, KeyboardInterrupt])
 def test_a_failing_step_fails_its_requests_and_the_engine_serves_on(
-    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], method: str
 ) -> None:
-    def fail(plan):
+    def fail(step):
         raise error
 
     engine.add_request("a", PROMPTS[0], GREEDY)
     engine.step()
     engine.add_request("b", PROMPTS[1], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "execute", fail)
+        patch.setattr(engine.runner, method, fail)
         with pytest.raises(error):
             engine.step()
     assert not engine.has_unfinished_requests()
@@ -219,7 +220,7 @@ def test_a_failing_step_spares_requests_that_were_not_part_of_it(
     engine.add_request("running", PROMPTS[0], GREEDY)
     engine.add_request("waiting", PROMPTS[1], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "execute", lambda plan: 1 / 0)
+        patch.setattr(engine.runner, "launch", lambda plan: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert set(run(engine)) == {"waiting"}

@@ -40,11 +40,18 @@ ARRIVALS = st.lists(
 
 
 class Run:
-    """Serves arrivals to the end and checks everything on the way."""
+    """Serves arrivals to the end and checks everything on the way.
 
-    def __init__(self, arrivals, limits, device, host, cost_model, failing_steps=()) -> None:
+    `ahead`: a step is planned while the one before it is still on its way.
+    """
+
+    def __init__(
+        self, arrivals, limits, device, host, cost_model, failing_steps=(), ahead=False
+    ) -> None:
         self.arrivals, self.limits = arrivals, limits
         self.failing_steps = failing_steps
+        self.ahead = ahead
+        self.on_its_way: tuple[StepPlan, list[int]] | None = None
         self.pools = [pool for pool in (device, host) if pool is not None]
         self.scheduler = Scheduler(limits, device, host, cost_model)
         self.executor = FakeExecutor(limits, device, host, cost_model)
@@ -65,9 +72,15 @@ class Run:
             plan = self.scheduler.plan_step()
             self.check_plan(plan, step)
             if step in self.failing_steps and not plan.is_empty:
+                self.complete()
                 self.fail(plan)
             elif not plan.is_empty:
-                self.scheduler.complete_step(plan, self.executor.execute(plan))
+                tokens = self.executor.execute(plan)
+                self.scheduler.begin_step(plan)
+                self.complete()
+                self.on_its_way = (plan, tokens)
+            if plan.is_empty or not self.ahead:
+                self.complete()
             self.check_pools()
             for request, before in outputs.items():  # nothing is lost on preemption
                 assert request.output_token_ids[: len(before)] == before
@@ -85,6 +98,12 @@ class Run:
             if a.abort_step == step and not request.is_finished:
                 self.abort(request)
                 self.check_pools()
+
+    def complete(self) -> None:
+        """Let the step that is on its way arrive, if there is one."""
+        if self.on_its_way is not None:
+            self.scheduler.complete_step(*self.on_its_way)
+            self.on_its_way = None
 
     def abort(self, request: Request) -> None:
         request.finish(FinishReason.ABORT)
@@ -106,19 +125,21 @@ class Run:
         unfinished = [r for r in self.requests if not r.is_finished]
         assert self.scheduler.num_running <= self.limits.max_num_seqs
         assert self.scheduler.num_running + self.scheduler.num_waiting == len(unfinished)
-        assert plan.is_empty == (not unfinished), "work is left, but none is planned"
+        nothing_to_do = not unfinished or (plan.is_empty and self.on_its_way is not None)
+        assert plan.is_empty == nothing_to_do, "work is left, but none is planned"
         for swap in plan.swaps_in:
             last = self.last_swap.get(swap.request, -self.most_steps)
             assert step - last > self.limits.swap_cooldown_steps, "flapping"
         for swap in plan.swaps_out + plan.swaps_in:
             self.last_swap[swap.request] = step
         for request in unfinished:
-            if request.num_uncomputed_tokens == 1:
+            if request.num_uncomputed_tokens == 1 and not request.awaits_last_token:
                 assert request.num_skipped_steps <= self.most_skipped
         scheduled = {item.request for item in plan.scheduled}
         for request in unfinished:
             on_device = request.placement is Placement.DEVICE
-            if request.state is RequestState.RUNNING and request.num_uncomputed_tokens == 1:
+            runs = request.state is RequestState.RUNNING and not request.awaits_last_token
+            if runs and request.num_uncomputed_tokens == 1:
                 assert request in scheduled or not on_device, "a device-resident decode waits"
 
     def check_end(self) -> None:
@@ -130,6 +151,7 @@ class Run:
             assert request.finish_reason is FinishReason.LENGTH
         assert all(pool.num_used == 0 for pool in self.pools)
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert all(request.num_pending_tokens == 0 for request in self.requests)
 
 
 def blocks_for_longest(arrivals) -> int:
@@ -147,9 +169,10 @@ SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large]
     spare_tokens=st.integers(0, 40),
     mode=st.sampled_from(["auto", "gpu-only", "asymmetric"]),
     cost_model=COST_MODELS,
+    ahead=st.booleans(),
 )
 def test_any_load_on_the_device(
-    arrivals, spare_blocks, max_num_seqs, spare_tokens, mode, cost_model
+    arrivals, spare_blocks, max_num_seqs, spare_tokens, mode, cost_model, ahead
 ) -> None:
     """Without a host pool; `gpu-only` must not touch the one it is given."""
     device = BlockPool(blocks_for_longest(arrivals) + spare_blocks, BLOCK_SIZE)
@@ -157,7 +180,7 @@ def test_any_load_on_the_device(
     limits = SchedulerConfig(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_seqs + spare_tokens, mode=mode
     )
-    run = Run(arrivals, limits, device, host, cost_model)
+    run = Run(arrivals, limits, device, host, cost_model, ahead=ahead)
     check_plan = run.check_plan
 
     def check(plan: StepPlan, step: int) -> None:
@@ -165,9 +188,9 @@ def test_any_load_on_the_device(
         assert plan.mode is StepMode.GPU_ONLY
         assert not plan.swaps_out
         assert host is None or host.num_used == 0
-        unfinished = [r for r in run.requests if not r.is_finished]
-        if unfinished:
-            assert any(i.request is unfinished[0] for i in plan.scheduled), "the first waits"
+        first = next((r for r in run.requests if not r.is_finished), None)
+        if first is not None and not first.num_pending_tokens:
+            assert any(i.request is first for i in plan.scheduled), "the first waits"
 
     run.check_plan = check
     run.serve()
@@ -195,4 +218,5 @@ def test_any_load_on_device_and_host(data, arrivals, cost_model) -> None:
     )
     device, host = BlockPool(device_blocks, BLOCK_SIZE), BlockPool(host_blocks, BLOCK_SIZE)
     failing = data.draw(st.frozensets(st.integers(0, 30), max_size=3))
-    Run(arrivals, limits, device, host, cost_model, failing).serve()
+    ahead = data.draw(st.booleans())
+    Run(arrivals, limits, device, host, cost_model, failing, ahead).serve()

@@ -1,0 +1,37 @@
+"""`POST /v1/chat/completions`."""
+
+from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from engine.server.answering import Answering
+from engine.server.chat_answer import ChatAnswer
+from engine.server.completion_route import answer_head
+from engine.server.messages import template_messages
+from engine.server.request_models import ChatRequest
+from engine.server.request_params import chat_params, each_choice
+from engine.server.response_models import ChatCompletion, documented
+from engine.server.service import Service
+
+
+def chat_router(service: Service) -> APIRouter:
+    """Return the route."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", **documented(ChatCompletion, "OpenAI", streams=True))
+    async def chat(call: Request, request: ChatRequest) -> Response:
+        """Answer a conversation."""
+        model = service.check_model(request.model)
+        params = chat_params(request)
+        messages = template_messages(request.messages)
+        token_ids = await service.run_encoding(partial(service.encoder.chat_prompt, messages))
+        service.check_request(token_ids, params, params.max_tokens)
+        head = answer_head(call, request, "chatcmpl", model, len(token_ids))
+        service.metrics.request_n.observe(request.n or 1)
+        answer = ChatAnswer(head, token_ids, service.texts)
+        choices = each_choice(params, request.n or 1)
+        prompts = [token_ids] * len(choices)
+        return Answering(service, answer, lambda: service.generate(prompts, choices))
+
+    return router

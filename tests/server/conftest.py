@@ -1,0 +1,58 @@
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.tiny_models import make_tiny_model
+from tests.server.running_server import RunningServer
+
+Serve = Callable[..., RunningServer]
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The default model, as anyone would start it."""
+    log = tmp_path_factory.mktemp("smollm2") / "log"
+    options = ["--port", 0, "--max-model-len", 1024, "--dtype", "float32", "--device", "cpu"]
+    with RunningServer(log, *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_folder(default_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-layer model without weights, with a real tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("tiny-chat")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(default_model_folder / name, folder)
+    config = json.loads((default_model_folder / "config.json").read_text())
+    changes = {"num_hidden_layers": 1, "max_position_embeddings": 512, "hidden_size": 192,
+               "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 1}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama without a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_model("llama3.1", folder)
+    return folder
+
+
+@pytest.fixture
+def serve(tiny_chat_folder: Path, tmp_path: Path) -> Iterator[Serve]:
+    """Start servers of the tiny chat model; they end with the test."""
+    servers: list[RunningServer] = []
+
+    def start(*arguments: object, **options) -> RunningServer:
+        log = tmp_path / f"server-{len(servers)}.log"
+        model = ["--model", tiny_chat_folder, "--load-format", "dummy", "--dtype", "float32"]
+        small = ["--device", "cpu", "--device-kv-blocks", 256, "--threads", 1, "--port", 0]
+        servers.append(RunningServer(log, *model, *small, *arguments, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.__exit__()
