@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
+import signal
 import socket
 import time
 from collections import deque
@@ -38,6 +39,7 @@ KEPT_STEPS = 2048
 """Steps that the dashboard can look back on."""
 
 _LEAVE_S = 5.0
+_REAP_S = 1.0
 _logger = logging.getLogger("neo.server")
 
 
@@ -178,13 +180,23 @@ class EngineClient(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail everything that runs: the engine has gone; called by asyncio."""
         if not self._is_stopping and self.error is None:
-            self.error = EngineDiedError("the engine process ended unexpectedly; see the log")
+            self.error = EngineDiedError(
+                f"the engine process ended unexpectedly ({self._how_it_ended()}); see the log"
+            )
         if self.error is not None:
             self.fail_all(engine_failure(str(self.error)))
             if not self._ready.done():
                 self._ready.set_exception(self.error)
         self._live.clear()
         self.gone.set()
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        self._process.join(_REAP_S)  # its end of the socket closes a moment before it is gone
+        code = self._process.exitcode
+        if code is None:
+            return "closed its connection"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def _handle_report(self, report: Report) -> None:
         self.last_report_s = report.time_s
