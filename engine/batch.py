@@ -104,6 +104,25 @@ class HostDecodeRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRows:
+    """Rows of one request whose next tokens are known and are to be scored.
+
+    Args:
+        request_id: Whose.
+        first_row: Of the batch; the others follow.
+        start: Index in the prompt of the token that comes after the first row.
+        token_ids: The tokens that come next, one a row.
+        num_top: How many of the likeliest tokens are wanted beside each.
+    """
+
+    request_id: str
+    first_row: int
+    start: int
+    token_ids: list[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A sub-batch's input.
 
@@ -116,6 +135,7 @@ class Batch:
         host_decodes: The last rows, if there are any.
         sources: `[T]`, int64, device; where a token is the last step's to sample, its place there,
             elsewhere `NO_SOURCE`; None where there are no such tokens.
+        scored: Prompt rows whose next tokens' log-probabilities are wanted.
     """
 
     input_ids: torch.Tensor
@@ -125,6 +145,7 @@ class Batch:
     host_prefills: HostPrefillRows | None = None
     host_decodes: HostDecodeRows | None = None
     sources: torch.Tensor | None = None
+    scored: Sequence[ScoredRows] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -191,6 +212,7 @@ class BatchBuilder:
             host_prefills=staged.take(sent) if sub_batch.cprf else None,
             host_decodes=self._host_decodes(sub_batch.cdec) if sub_batch.cdec else None,
             sources=None if fed is None else sent[fed],
+            scored=_scored_rows(items),
         )
 
     @property
@@ -325,6 +347,25 @@ def _sources(
     for place, request in pending:
         sources[place] = source(request)
     return sources
+
+
+def _scored_rows(items: Sequence[ScheduledRequest]) -> list[ScoredRows]:
+    scored, row = [], 0
+    for item in items:
+        first, num_scored = item.start + 1, item.num_scored
+        params = item.request.params
+        if num_scored and params.prompt_logprobs is not None:
+            scored.append(
+                ScoredRows(
+                    request_id=item.request.request_id,
+                    first_row=row,
+                    start=first,
+                    token_ids=item.request.token_ids(first, first + num_scored),
+                    num_top=params.prompt_logprobs,
+                )
+            )
+        row += item.num_tokens
+    return scored
 
 
 def _slots(item: ScheduledRequest, table: Ints, block_size: int) -> Ints:

@@ -24,6 +24,9 @@ from engine.stats import EngineStats
 from engine.step_in_flight import StepInFlight, StepResult
 from engine.step_log import StepLog, StepObserver
 from engine.step_plan import StepPlan
+from engine.structured_output import StructuredOutput
+from engine.structured_output.compiler import GrammarCompiler
+from engine.structured_output.matcher import GrammarMatcher
 
 _News = tuple[Request, TokenLogprobs | None]
 """A request that got a token, and the token's log-probabilities if they were asked for."""
@@ -68,6 +71,7 @@ class LLMEngine:
         self._is_measured = host_pool is not None or limits.tpot_limit_ms is not None
         self._cost_model = make_cost_model(self._runner, on_progress, needed=self._is_measured)
         self._scheduler = Scheduler(limits, self._runner.pool, host_pool, self._cost_model)
+        self._grammars = self._make_grammar_compiler()
         self._step_log = None if config.log_steps is None else StepLog(config.log_steps)
         self._step_observers: list[StepObserver] = []
         if self._step_log is not None:
@@ -106,13 +110,16 @@ class LLMEngine:
 
         Raises:
             RequestError: The id is taken, or the prompt is empty, too long or out of vocabulary,
-                or stop strings or a logit bias do not go with the model.
+                stop strings or a logit bias do not go with the model, or the structured output
+                that is asked for is invalid.
         """
         if request_id in self._streams:
             raise RequestError(f"request id {request_id!r} is already in use")
         params = params or SamplingParams()
         token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         self.limits.check(token_ids, params)
+        wanted = params.structured_output
+        grammar = None if wanted is None else self.compile_grammar(wanted)
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -120,14 +127,34 @@ class LLMEngine:
             max_total_tokens=self.max_model_len,
             eos_token_ids=self._runner.model_config.eos_token_ids,
             seed=self._rng.getrandbits(64) if params.seed is None else params.seed,
+            grammar=grammar,
         )
         self._streams[request_id] = OutputStream(
             request=request,
             prompt=prompt if isinstance(prompt, str) else None,
             detokenizer=self._detokenizer(params),
             logprobs=None if params.logprobs is None else [],
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(token_ids),
         )
         self._scheduler.add(request)
+
+    def compile_grammar(self, wanted: StructuredOutput) -> GrammarMatcher:
+        """Check a grammar and keep it compiled, so that requests for it start at once.
+
+        Any thread may call it, also while a step runs: a large grammar takes a while.
+
+        Raises:
+            RequestError: The grammar is invalid, or there is no tokenizer.
+        """
+        if self._grammars is None:
+            raise RequestError("structured output needs a tokenizer, and the model folder has none")
+        return self._grammars.matcher(wanted)
+
+    def _make_grammar_compiler(self) -> GrammarCompiler | None:
+        if self.tokenizer is None:
+            return None
+        model = self._runner.model_config
+        return GrammarCompiler(self.tokenizer, model.vocab_size, model.eos_token_ids)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text; see `PromptEncoder.tokenize`."""
@@ -220,7 +247,11 @@ class LLMEngine:
         except BaseException:
             self._abandon(plan)
             raise
-        self._record(plan, result)
+        self._record(step, result)
+        for scores in step.prompt_scores:
+            stream = self._streams.get(scores.request_id)
+            if stream is not None:
+                stream.add_prompt_scores(scores)
         live = [not item.request.is_finished for item in plan.sampling]
         self._scheduler.complete_step(plan, result.sampled.token_ids)
         for item, logprobs, is_live in zip(
@@ -236,16 +267,16 @@ class LLMEngine:
         for request in plan.requests:
             self.abort_request(request.request_id)
 
-    def _record(self, plan: StepPlan, result: StepResult) -> None:
+    def _record(self, step: StepInFlight, result: StepResult) -> None:
         """Add a step to the statistics, the step log and the cost model's experience."""
-        runner = self._runner
+        plan, runner = step.plan, self._runner
         host_pool = runner.host_pool
         self.stats.record(
             plan, result, runner.pool.num_used, host_pool.num_used if host_pool else 0
         )
         for observe in self._step_observers:
             observe(plan, result, runner, None)
-        if plan.prediction is not None:
+        if plan.prediction is not None and not step.prompt_scores:  # no model of scoring's time
             self._cost_model.observe(plan.prediction, result.measurement)
 
     def _fail_step(self, plan: StepPlan, message: str) -> list[RequestOutput]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from engine.detokenizer import IncrementalDetokenizer
 from engine.outputs import CompletionOutput, RequestOutput, request_metrics
+from engine.prompt_scoring import PromptScores
 from engine.request import Request
 from engine.sampler import TokenLogprobs
 
@@ -16,7 +17,14 @@ class OutputStream:
     prompt: str | None
     detokenizer: IncrementalDetokenizer | None
     logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
     new_text: str = ""
+
+    def add_prompt_scores(self, scores: PromptScores) -> None:
+        """Note log-probabilities of some prompt tokens."""
+        assert self.prompt_logprobs is not None, "only requests that want scores get them"
+        end = scores.start + len(scores.logprobs)
+        self.prompt_logprobs[scores.start : end] = scores.logprobs
 
     def output(self) -> RequestOutput:
         """Return the state of the request as it is now."""
@@ -36,6 +44,7 @@ class OutputStream:
             request_id=request.request_id,
             prompt=self.prompt,
             prompt_token_ids=request.prompt_token_ids,
+            prompt_logprobs=self.prompt_logprobs,
             outputs=[completion],
             finished=request.is_finished,
             metrics=request_metrics(request),

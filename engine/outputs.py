@@ -57,6 +57,7 @@ class RequestOutput:
         request_id: As given to `add_request`.
         prompt: Its text; None if it was given as tokens.
         prompt_token_ids: Its tokens.
+        prompt_logprobs: One entry a prompt token, if asked for; the first is None.
         outputs: One completion.
         finished: Whether this is the request's last output.
         metrics: Its times.
@@ -65,6 +66,7 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool
     metrics: RequestMetrics

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from engine.sampling_params import SamplingParams
+from engine.structured_output.matcher import GrammarMatcher
 
 PENDING_TOKEN = -1
 """Stands for a token that a step in flight samples."""
@@ -54,6 +55,8 @@ class Request:
     """Prompt and output together never exceed this."""
     eos_token_ids: frozenset[int] = frozenset()
     seed: int = 0
+    grammar: GrammarMatcher | None = None
+    """Follows the output where it must have a form; its state is the request's own."""
     arrival_time_s: float = field(default_factory=time.monotonic)
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -127,9 +130,14 @@ class Request:
         self.output_token_ids.append(token_id)
         if self.first_token_time_s is None:
             self.first_token_time_s = time.monotonic()
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
         if len(self.output_token_ids) >= self.params.min_tokens and token_id in self.stop_ids:
             is_eos = token_id in self.eos_token_ids and token_id not in self.params.stop_token_ids
             self.finish(FinishReason.STOP, None if is_eos else token_id)
+        elif self.grammar is not None and self.grammar.is_finished:
+            error = self.grammar.error
+            self.finish(FinishReason.STOP if error is None else FinishReason.ERROR, error)
         elif len(self.output_token_ids) >= self.max_new_tokens:
             self.finish(FinishReason.LENGTH)
 

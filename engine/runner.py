@@ -2,12 +2,12 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from engine.backends import AttentionShape, HostPoolSize, make_backend, resolve_device
-from engine.batch import BatchBuilder
+from engine.batch import Batch, BatchBuilder
 from engine.checkpoint import Checkpoint
 from engine.config import DTYPES, EngineConfig
 from engine.cost_model.table import StepTables
@@ -22,9 +22,10 @@ from engine.memory import (
     wanted_max_model_len,
 )
 from engine.model_config import ModelConfig
-from engine.models import DecoderModel, load_weights, make_dummy_weights
+from engine.models import DecoderModel, FinalStates, load_weights, make_dummy_weights
 from engine.models.weights import allocate_weights
 from engine.profiler import Profiler
+from engine.prompt_scoring import PromptScores, score_prompts
 from engine.request import Request
 from engine.sampler import PendingTokens, launch_sampling, sample
 from engine.sampling_params import SamplingParams
@@ -115,13 +116,14 @@ class ModelRunner:
         self._swap(plan)
         is_graph = self._graphs is not None and self._graphs.fits(plan)
         uses_host = any(sub_batch.cdec for sub_batch in plan.sub_batches)
+        scores: list[PromptScores] = []
         try:
             if is_graph:
                 assert self._graphs is not None
                 self._backend.join_copies()  # a graph cannot wait for them layer by layer
                 tokens = self._graphs.launch(plan.scheduled)
             else:
-                tokens = self._launch_eagerly(plan)
+                tokens, scores = self._launch_eagerly(plan)
             self._feedback.note(item.request for item in plan.sampling)
             self._backend.join_copies()
         except BaseException as error:
@@ -139,17 +141,19 @@ class ModelRunner:
             end=self._backend.mark(),
             uses_host=uses_host,
             is_graph=is_graph,
+            prompt_scores=scores,
         )
 
-    def _launch_eagerly(self, plan: StepPlan) -> PendingTokens:
+    def _launch_eagerly(self, plan: StepPlan) -> tuple[PendingTokens, list[PromptScores]]:
         source, complete = self._feedback.source, self._feedback.complete
         sub_batches = [s for s in plan.sub_batches if s.num_tokens]
         batches = [complete(self._builder.build(s, source)) for s in sub_batches]
         self._backend.begin_step(batches)
-        logits = torch.cat(self._model.forward(batches))
+        states = self._model.run_layers(batches)
+        logits = torch.cat(self._model.sampling_logits(states, batches))
         tokens = launch_sampling(logits, [item.request for item in plan.sampling])
         self._feedback.keep(tokens.token_ids)
-        return tokens
+        return tokens, self._prompt_scores(states, batches)
 
     def finish(self, step: StepInFlight) -> StepResult:
         """Wait for a step.
@@ -185,6 +189,15 @@ class ModelRunner:
     def runs_behind(self) -> bool:
         """Whether the device works behind the host, so that going ahead of it pays."""
         return self._backend.runs_behind
+
+    def _prompt_scores(
+        self, states: Sequence[FinalStates], batches: Sequence[Batch]
+    ) -> list[PromptScores]:
+        return [
+            score
+            for lane, batch in zip(states, batches, strict=True)
+            for score in score_prompts(self._model, lane, batch.scored)
+        ]
 
     def profile(self, on_progress: Callable[[str], None]) -> StepTables:
         """Measure the parts of a step; the runner must be idle, and what its pools hold is lost."""

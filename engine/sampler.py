@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.request import Request
+from engine.structured_output.mask import forbid_tokens
 from engine.transfer import HostCopy, to_device, to_host
 
 _MASK_64 = 2**64 - 1
@@ -89,6 +90,9 @@ def launch_sampling(logits: torch.Tensor, requests: Sequence[Request]) -> Pendin
         return PendingTokens(logits.argmax(dim=-1))
     logits = logits.float()
     raw = logits.clone() if any(r.params.logprobs is not None for r in requests) else None
+    guided = [row for row, request in enumerate(requests) if request.grammar is not None]
+    if guided:
+        forbid_tokens(logits, requests, guided)
     _adjust(logits, requests)
     token_ids = logits.argmax(dim=-1)
     drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
@@ -136,7 +140,7 @@ def _adjust(logits: torch.Tensor, requests: Sequence[Request]) -> None:
             bias = to_device(list(params.logit_bias.values()), logits.dtype, logits.device)
             columns = to_device(list(params.logit_bias), torch.int64, logits.device)
             logits[row].index_add_(0, columns, bias)
-        if request.num_output_tokens < params.min_tokens:
+        if request.num_output_tokens < params.min_tokens and request.grammar is None:
             banned = [token_id for token_id in request.stop_ids if token_id < vocab_size]
             columns = to_device(banned, torch.int64, logits.device)
             logits[row].index_fill_(0, columns, float("-inf"))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from engine.errors import RequestError
+from engine.structured_output.spec import StructuredOutput
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -30,6 +31,9 @@ class SamplingParams:
         max_tokens: Most tokens to generate, at least 1; None is up to the context limit.
         min_tokens: No stop condition holds before this many tokens.
         logprobs: Return the log-probabilities of the sampled token and of this many likeliest ones.
+        prompt_logprobs: The same for every prompt token but the first, which nothing comes before.
+        structured_output: The form that the output must have. It may end only where its grammar
+            may end; where nothing but the end is possible the request stops.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string at the end of the text.
 
@@ -52,6 +56,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structured_output: StructuredOutput | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -87,8 +93,10 @@ class SamplingParams:
                 self.min_tokens,
             )
         self._check(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
-        if self.logprobs is not None:
-            self._check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                self._check_range(name, value, 0, MAX_LOGPROBS)
         if self.seed is not None:
             self._check(
                 -(2**63) <= self.seed < 2**64, "seed", "an integer of at most 64 bits", self.seed
@@ -122,7 +130,7 @@ class SamplingParams:
     @property
     def needs_host_tokens(self) -> bool:
         """Whether sampling a token takes the values of all tokens before it, on the host."""
-        return self.has_penalties
+        return self.has_penalties or self.structured_output is not None
 
     @property
     def has_penalties(self) -> bool:

@@ -1,8 +1,10 @@
 """A step on its way through the device, and what it gave once it is done."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.backends import DeviceMark, HostStepTimes
+from engine.prompt_scoring import PromptScores
 from engine.sampler import PendingTokens, SampledTokens
 from engine.step_plan import StepMeasurement, StepPlan
 
@@ -20,6 +22,7 @@ class StepInFlight:
         end: After its last.
         uses_host: Whether the CPU attends to some of its rows.
         is_graph: Whether it was launched as a graph.
+        prompt_scores: Log-probabilities of prompt tokens, of requests that want them.
     """
 
     plan: StepPlan
@@ -30,6 +33,7 @@ class StepInFlight:
     end: DeviceMark
     uses_host: bool
     is_graph: bool
+    prompt_scores: Sequence[PromptScores] = ()
 
     @property
     def lets_next_go_ahead(self) -> bool:

@@ -40,6 +40,16 @@ class ScheduledRequest:
         """Tokens in the KV cache after the step."""
         return self.start + self.num_tokens
 
+    @property
+    def num_scored(self) -> int:
+        """Rows, from the first on, whose next token is one of a prompt that is to be scored.
+
+        After a preemption these are computed and scored once more, to the same result.
+        """
+        if self.request.params.prompt_logprobs is None:
+            return 0
+        return max(0, min(self.end, len(self.request.prompt_token_ids) - 1) - self.start)
+
 
 @dataclass(slots=True)
 class SubBatch:

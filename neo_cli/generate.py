@@ -14,8 +14,16 @@ from engine.errors import ConfigError, RequestError, StepError
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
 from neo_cli import options as opt
-from neo_cli.options import INTERRUPTED, OUTPUT_PANEL, SAMPLING_PANEL, default, option
+from neo_cli.options import (
+    INTERRUPTED,
+    OUTPUT_PANEL,
+    SAMPLING_PANEL,
+    STRUCTURE_PANEL,
+    default,
+    option,
+)
 from neo_cli.prompts import ChatPrompt, InputPrompt, read_prompts
+from neo_cli.structured import read_structured_output
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -112,6 +120,24 @@ def generate(
         int | None,
         option("Log-probabilities of this many likeliest tokens, with --json.", SAMPLING_PANEL),
     ] = _sampling_default("logprobs"),
+    json_schema: Annotated[
+        str | None,
+        option("The output follows this JSON schema, text or a file.", STRUCTURE_PANEL),
+    ] = None,
+    regex: Annotated[
+        str | None, option("The output matches this regular expression.", STRUCTURE_PANEL)
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        option("The output is one of these strings; repeatable.", STRUCTURE_PANEL),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        option(
+            "The output follows the grammar in this file (Lark, as llguidance reads it).",
+            STRUCTURE_PANEL,
+        ),
+    ] = None,
     model: opt.Model = default(EngineConfig, "model"),
     revision: opt.Revision = default(EngineConfig, "revision"),
     load_format: opt.LoadFormat = default(EngineConfig, "load_format"),
@@ -157,6 +183,7 @@ def generate(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             logprobs=logprobs,
+            structured_output=read_structured_output(json_schema, regex, choice, grammar),
             skip_special_tokens=skip_special_tokens,
             include_stop_str_in_output=include_stop_str_in_output,
         )

@@ -11,6 +11,7 @@ INTERRUPTED = 130
 
 MODEL_PANEL = "Model and machine"
 SAMPLING_PANEL = "Sampling"
+STRUCTURE_PANEL = "Form of the output"
 OUTPUT_PANEL = "Input and output"
 
 

@@ -25,6 +25,14 @@ class _Lane:
     attended: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FinalStates:
+    """What a sub-batch's rows came to behind the last layer: `[T, H]` each, not yet added up."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor
+
+
 class DecoderModel:
     """A decoder on one device.
 
@@ -62,6 +70,20 @@ class DecoderModel:
 
     @torch.inference_mode()
     def forward(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Run the sub-batches of a step: `run_layers`, then `sampling_logits`."""
+        return self.sampling_logits(self.run_layers(batches), batches)
+
+    def sampling_logits(
+        self, states: Sequence[FinalStates], batches: Sequence[Batch]
+    ) -> list[torch.Tensor]:
+        """Return, for each sub-batch, logits of its `logits_rows`, `[L, vocab_size]`."""
+        return [
+            self.logits(rows.hidden, rows.residual, batch.logits_rows)
+            for rows, batch in zip(states, batches, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def run_layers(self, batches: Sequence[Batch]) -> list[FinalStates]:
         """Run the sub-batches of a step through all layers, one behind the other.
 
         In each layer, a sub-batch's CPU attention has all the time in which the other one does its
@@ -70,9 +92,6 @@ class DecoderModel:
 
         Args:
             batches: The step's input, T tokens each.
-
-        Returns:
-            For each, logits of the rows in `logits_rows`, `[L, vocab_size]`, in the model's dtype.
         """
         lanes = [_Lane(F.embedding(batch.input_ids, self.weights.embedding)) for batch in batches]
         for layer in range(self.config.num_layers):
@@ -80,12 +99,12 @@ class DecoderModel:
                 self._finish_layer(index, layer - 1, lane)
                 qkv, lane.residual = self.before_attention(layer, lane.hidden, lane.residual)
                 lane.attended = self.start_attention(index, layer, qkv)
-        logits = []
-        for index, (lane, batch) in enumerate(zip(lanes, batches, strict=True)):
+        states = []
+        for index, lane in enumerate(lanes):
             self._finish_layer(index, self.config.num_layers - 1, lane)
             assert lane.residual is not None
-            logits.append(self.logits(lane.hidden, lane.residual, batch.logits_rows))
-        return logits
+            states.append(FinalStates(lane.hidden, lane.residual))
+        return states
 
     def _finish_layer(self, index: int, layer: int, lane: "_Lane") -> None:
         """Take the CPU's rows of a layer's attention and compute the rest of the layer."""
@@ -115,7 +134,7 @@ class DecoderModel:
             normed = self._backend.rms_norm(hidden, weights.input_norm, eps)
         else:
             normed = self._backend.add_rms_norm(hidden, residual, weights.input_norm, eps)
-        return F.linear(normed, weights.qkv, weights.qkv_bias), residual
+        return self._backend.linear(normed, weights.qkv, weights.qkv_bias), residual
 
     def start_attention(self, lane: int, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """Start a layer's attention on the backend; see `Backend.start_attention`."""
@@ -135,15 +154,14 @@ class DecoderModel:
             The MLP's output, not yet added to the residual stream, and that stream.
         """
         weights = self.weights.layers[layer]
-        out = F.linear(attended, weights.out, weights.out_bias)
+        out = self._backend.linear(attended, weights.out, weights.out_bias)
         normed = self._backend.add_rms_norm(
             out, residual, weights.mlp_norm, self.config.rms_norm_eps
         )
-        gate_up = F.linear(normed, weights.gate_up, weights.gate_up_bias)
-        return F.linear(
-            self._backend.silu_and_mul(gate_up), weights.down, weights.down_bias
-        ), residual
+        activated = self._backend.gated_linear(normed, weights.gate_up, weights.gate_up_bias)
+        return self._backend.linear(activated, weights.down, weights.down_bias), residual
 
+    @torch.inference_mode()
     def logits(
         self, hidden: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:

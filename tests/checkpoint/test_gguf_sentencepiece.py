@@ -7,6 +7,9 @@ from typing import Any
 from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
+from engine.structured_output import StructuredOutput
+from engine.structured_output.compiler import GrammarCompiler
+
 Rebuild = Callable[[dict[str, Any]], PreTrainedTokenizerBase]
 SPM_PIECES = [
     ("\u2581the", -1.0),
@@ -89,3 +92,19 @@ def test_sentencepiece_without_a_prefix_space(rebuild: Rebuild) -> None:
     rebuilt = rebuild(spm_metadata(add_space_prefix=False, add_bos_token=False))
     assert rebuilt.tokenize("the a") == ["t", "he", "\u2581a"]
     assert rebuilt.decode(rebuilt(" the a")["input_ids"]) == " the a"
+
+
+def test_grammars_know_the_rebuilt_vocabulary(rebuild: Rebuild) -> None:
+    rebuilt = rebuild(spm_metadata(add_space_prefix=False, add_bos_token=False))
+    compiler = GrammarCompiler(rebuilt, len(rebuilt), {2})
+    texts = ["the thing", "an ünïcödé ring"]
+    for text in texts:
+        matcher = compiler.matcher(StructuredOutput(choice=texts))
+        for token_id in rebuilt(text)["input_ids"]:
+            assert not matcher.is_finished
+            matcher.accept(token_id)
+        assert matcher.error is None
+        assert matcher.is_finished
+    matcher = compiler.matcher(StructuredOutput(choice=texts))
+    matcher.accept(rebuilt("ring")["input_ids"][0])
+    assert "structured output failed" in matcher.error

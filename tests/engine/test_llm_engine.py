@@ -12,6 +12,7 @@ from engine.llm_engine import LLMEngine
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
+from engine.structured_output import StructuredOutput
 from tests.engine.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.ispc
@@ -140,6 +141,11 @@ def test_the_context_ends_a_request_with_length(engine: LLMEngine) -> None:
         ([-1], None, "prompt token ids must be from 0 to 198"),
         ("text", None, "a text prompt needs a tokenizer, and the model folder has none"),
         ([5], SamplingParams(stop="x"), "stop strings need a tokenizer"),
+        (
+            [5],
+            SamplingParams(structured_output=StructuredOutput(regex="a")),
+            "structured output needs a tokenizer",
+        ),
         ([5], SamplingParams(logit_bias={199: 1.0}), "logit_bias token ids must be from 0 to 198"),
     ],
 )
@@ -235,7 +241,9 @@ SAMPLED = [
 def test_preemption_changes_nothing(real_folder: Path, params) -> None:
     tokens = []
     for options in ({}, {"device_kv_blocks": 9}, {"device_kv_blocks": 9, "block_size": 32}):
-        limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24)
+        limits = SchedulerConfig(
+            max_num_seqs=8, max_num_batched_tokens=24, admission_lookahead=False
+        )
         engine = make_engine(real_folder, load_format="auto", scheduler=limits, **options)
         for number, prompt in enumerate(PROMPTS):
             engine.add_request(str(number), prompt, params[number])
