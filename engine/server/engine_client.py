@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from engine.config import EngineConfig
-from engine.errors import NeoError
+from engine.errors import NeoError, RequestError
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
-from engine.server.api_errors import engine_failure
+from engine.server.api_errors import engine_failure, from_request_error
 from engine.server.engine_process import run_engine
 from engine.server.generation import Generation
 from engine.server.metrics import Metrics, RequestTrack
@@ -212,6 +212,9 @@ class EngineClient(asyncio.Protocol):
                 del self._live[delta.request_id]
                 if finish.reason == FinishReason.ERROR.value:
                     generation.fail(engine_failure(str(finish.stop_reason)))
+        for refusal in report.refusals:
+            generation, _, _ = self._live.pop(refusal.request_id)
+            generation.fail(from_request_error(RequestError(refusal.message, refusal.field)))
 
     def _write(self, message: Any) -> None:
         assert self._transport is not None, "launch first"
