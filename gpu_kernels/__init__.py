@@ -2,6 +2,7 @@
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.few_rows import skinny_gated_linear, skinny_linear
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.merge_splits import paged_decode_workspace_size
@@ -17,6 +18,8 @@ __all__ = [
     "rms_norm",
     "rope_store_kv",
     "silu_and_mul",
+    "skinny_gated_linear",
+    "skinny_linear",
     "store_kv",
     "swap_in_kv",
     "swap_out_kv",

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.checks import check_dense_rows, check_float, check_tensor, wrong
+from gpu_kernels.pdl import begin, pdl_options
 from gpu_kernels.tiles import cdiv, next_power_of_2
 
 TILE_COLUMNS = 1024
@@ -21,6 +22,7 @@ def silu_and_mul_kernel(
     stride_gate_up,
     INTERMEDIATE_SIZE: tl.constexpr,
     TILE_C: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Computes a tile of one output row.
 
@@ -29,6 +31,7 @@ def silu_and_mul_kernel(
     row = tl.program_id(1).to(tl.int64)
     offs_c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
     mask = offs_c < INTERMEDIATE_SIZE
+    begin(USE_PDL)
     gate_ptrs = gate_up_ptr + row * stride_gate_up + offs_c
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + INTERMEDIATE_SIZE, mask=mask, other=0.0).to(tl.float32)
@@ -60,5 +63,5 @@ def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
     tile_c = min(TILE_COLUMNS, next_power_of_2(width // 2))
     silu_and_mul_kernel[(cdiv(width // 2, tile_c), num_rows)](
         out, gate_up, out.stride(0), gate_up.stride(0),
-        INTERMEDIATE_SIZE=width // 2, TILE_C=tile_c, num_warps=4,
+        INTERMEDIATE_SIZE=width // 2, TILE_C=tile_c, num_warps=4, **pdl_options(gate_up.device),
     )  # fmt: skip

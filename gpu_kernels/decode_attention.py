@@ -24,6 +24,7 @@ from gpu_kernels.checks import (
     wrong,
 )
 from gpu_kernels.merge_splits import merge_splits, split_workspace
+from gpu_kernels.pdl import begin, pdl_options
 from gpu_kernels.tiles import (
     MAX_SPLITS,
     DecodeTiles,
@@ -58,6 +59,7 @@ def decode_attention_kernel(
     TILE_D: tl.constexpr,
     TILE_N: tl.constexpr,
     WRITE_PARTIALS: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Attends from one token's query group to one split of its sequence.
 
@@ -70,6 +72,7 @@ def decode_attention_kernel(
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     num_q_heads = tl.num_programs(0) * GROUP_SIZE
+    begin(USE_PDL)
     seq_len = tl.load(seq_lens_ptr + seq)
     tiles_per_split = tl.cdiv(tl.cdiv(seq_len, TILE_N), num_splits)
     start = split * tiles_per_split * TILE_N
@@ -201,6 +204,7 @@ def paged_decode_attention(
         GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         TILE_G=16, TILE_D=tile_d, TILE_N=tiles.tile_n, WRITE_PARTIALS=num_splits > 1,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **pdl_options(q.device),
     )  # fmt: skip
     if num_splits > 1:
         merge_splits(out, partial, lse, seq_lens, num_splits, tiles.tile_n)

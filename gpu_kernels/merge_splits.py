@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.checks import wrong
+from gpu_kernels.pdl import begin, pdl_options
 from gpu_kernels.tiles import MAX_SPLITS, next_power_of_2
 
 TILE_SPLITS = 8
@@ -30,6 +31,7 @@ def merge_splits_kernel(
     TILE_D: tl.constexpr,
     TILE_S: tl.constexpr,
     TILE_ALL: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Merges the splits of one query head.
 
@@ -38,6 +40,7 @@ def merge_splits_kernel(
     """
     q_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
+    begin(USE_PDL)
     seq_len = tl.load(seq_lens_ptr + seq)
     num_tiles = tl.cdiv(seq_len, tile_n)
     tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
@@ -109,7 +112,7 @@ def merge_splits(
     merge_splits_kernel[(num_q_heads, num_seqs)](
         out, partial, lse, seq_lens, out.stride(0), num_splits, tile_n,
         HEAD_DIM=head_dim, TILE_D=next_power_of_2(head_dim), TILE_S=TILE_SPLITS,
-        TILE_ALL=MAX_SPLITS, num_warps=1,
+        TILE_ALL=MAX_SPLITS, num_warps=1, **pdl_options(out.device),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.checks import check_contiguous, check_dense_rows, check_float, check_tensor, wrong
+from gpu_kernels.pdl import begin, pdl_options
 from gpu_kernels.tiles import next_power_of_2
 
 MAX_HIDDEN_SIZE = 16384
@@ -30,6 +31,7 @@ def rms_norm_kernel(
     HIDDEN_SIZE: tl.constexpr,
     TILE_C: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Normalises one row; with HAS_RESIDUAL adds x to the residual first and normalises the sum.
 
@@ -39,6 +41,8 @@ def rms_norm_kernel(
     offs_c = tl.arange(0, TILE_C)
     mask = offs_c < HIDDEN_SIZE
     dtype = out_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    begin(USE_PDL)
     x = tl.load(x_ptr + row * stride_x + offs_c, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual_ptrs = residual_ptr + row * stride_residual + offs_c
@@ -46,7 +50,6 @@ def rms_norm_kernel(
         total = x.to(dtype)
         tl.store(residual_ptrs, total, mask=mask)
         x = total.to(tl.float32)
-    weight = tl.load(weight_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / HIDDEN_SIZE + eps))
     normed = (x * scale).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * stride_out + offs_c, (normed * weight).to(dtype), mask=mask)
@@ -112,5 +115,5 @@ def _launch(
     rms_norm_kernel[(num_rows,)](
         out, x, second, weight, eps, out.stride(0), x.stride(0), second.stride(0),
         HIDDEN_SIZE=hidden_size, TILE_C=tile_c, HAS_RESIDUAL=residual is not None,
-        num_warps=min(16, max(1, tile_c // 512)),
+        num_warps=min(16, max(1, tile_c // 512)), **pdl_options(x.device),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from gpu_kernels.checks import (
     check_tensor,
     wrong,
 )
+from gpu_kernels.pdl import begin, pdl_options
 from gpu_kernels.tiles import cdiv, next_power_of_2
 
 TILE_HEADS = 8
@@ -58,6 +59,7 @@ def rope_store_kernel(
     TILE_REST: tl.constexpr,
     TILE_D: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Rotates a tile of heads of one token; a tile of KV heads is stored into the pool as well.
 
@@ -77,6 +79,7 @@ def rope_store_kernel(
     offs_rest = ROTARY_DIM + tl.arange(0, TILE_REST)
     half_mask = offs_half < HALF
     rest_mask = offs_rest < HEAD_DIM
+    begin(USE_PDL)
     low_ptrs = base_ptr + heads[:, None] * HEAD_DIM + offs_half[None, :]
     rest_ptrs = base_ptr + heads[:, None] * HEAD_DIM + offs_rest[None, :]
     mask = head_mask & half_mask[None, :]
@@ -204,4 +207,5 @@ def rope_store_kv(
         TILE_HALF=next_power_of_2(rotary_dim // 2),
         TILE_REST=next_power_of_2(max(1, head_dim - rotary_dim)),
         TILE_D=next_power_of_2(head_dim), HAS_NORM=has_norm, num_warps=2,
+        **pdl_options(q.device),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from gpu_kernels import (
     activation,
     decode_attention,
+    few_rows,
     kv_store,
     kv_swap,
     merge_splits,
@@ -21,6 +22,7 @@ from gpu_kernels import (
     prefill_attention,
     rope_store,
 )
+from gpu_kernels.linear import LinearLayers
 
 KERNELS: tuple[Any, ...] = (
     decode_attention.decode_attention_kernel,
@@ -31,7 +33,11 @@ KERNELS: tuple[Any, ...] = (
     kv_swap.swap_kv_kernel,
     norm.rms_norm_kernel,
     activation.silu_and_mul_kernel,
+    few_rows.skinny_linear_kernel,
+    few_rows.skinny_gated_linear_kernel,
 )
+SKINNY_ROWS = (16, 32, 64)
+"""One for each tile height that linear layers of a few rows are compiled for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,19 @@ class ModelShape:
     dtype: torch.dtype
     rotary_dim: int | None = None
     has_qk_norm: bool = False
+    has_qkv_bias: bool = False
+    has_out_bias: bool = False
+    has_mlp_bias: bool = False
+
+    def linear_sizes(self) -> list[tuple[int, int, bool]]:
+        """Outputs, inputs and bias of the linear layers that are computed by themselves."""
+        q_width = self.num_q_heads * self.head_dim
+        qkv_width = q_width + 2 * self.num_kv_heads * self.head_dim
+        return [
+            (qkv_width, self.hidden_size, self.has_qkv_bias),
+            (self.hidden_size, q_width, self.has_out_bias),
+            (self.hidden_size, self.intermediate_size, self.has_mlp_bias),
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +98,26 @@ def precompile(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
     """
     compiled = run_all_variants(shape, device)
     torch.cuda.synchronize(device)
+    compiled += run_linear_variants(shape, device)
+    torch.cuda.synchronize(device)
+    return compiled
+
+
+def run_linear_variants(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
+    """Launches every variant of linear layers of a few rows; see `precompile`."""
+    layers = LinearLayers(device)
+    compiled = []
+    sizes = [(n, k, bias, layers.linear) for n, k, bias in shape.linear_sizes()]
+    gated = (2 * shape.intermediate_size, shape.hidden_size, shape.has_mlp_bias)
+    for n, k, has_bias, launcher in [*sizes, (*gated, layers.gated_linear)]:
+        weight = torch.zeros(n, k, dtype=shape.dtype, device=device)
+        bias = weight[:, 0].contiguous() if has_bias else None
+        for num_rows in SKINNY_ROWS:
+            before, start = count_compiled_variants(), time.perf_counter()
+            launcher(weight.new_zeros(num_rows, k), weight, bias)
+            was_new = count_compiled_variants() > before
+            name, seconds = f"linear {n} x {k}, {num_rows} rows", time.perf_counter() - start
+            compiled.append(CompiledKernel(name=name, seconds=seconds, was_new=was_new))
     return compiled
 
 

@@ -153,8 +153,15 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """Add `x` to `residual` in place and return the norm of the sum."""
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return `silu(gate) * up` for `gate_up` of `[T, 2 * I]`: `[T, I]`."""
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return `x @ weight.T + bias`: `[T, N]` for a weight of `[N, K]`."""
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return `silu(gate) * up` of a fused projection `[2 * I, K]`, gate first: `[T, I]`."""
 
     def start_attention(
         self,

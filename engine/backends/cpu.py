@@ -145,9 +145,17 @@ class CpuBackend:
         residual += x
         return self.rms_norm(residual, weight, eps)
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return the gated activation; see `Backend`."""
-        gate, up = gate_up.chunk(2, dim=-1)
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return a linear layer's output; see `Backend`."""
+        return F.linear(x, weight, bias)
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the gated activation of a fused projection; see `Backend`."""
+        gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def start_attention(

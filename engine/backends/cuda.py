@@ -14,8 +14,8 @@ from engine.batch import Batch, PagedRows
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
-from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.linear import LinearLayers
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
@@ -51,6 +51,7 @@ class CudaBackend:
     def __init__(self, device: torch.device, num_threads: int | None = None) -> None:
         self.device = device
         self._num_threads = num_threads
+        self._linear = LinearLayers(device)
         self._shape: AttentionShape | None = None
         self._k_cache = self._v_cache = torch.empty(0)
         self._kernels: CpuAttention | None = None
@@ -68,7 +69,7 @@ class CudaBackend:
         host = ""
         if self._kernels is not None:
             host = f"; offloaded attention by ISPC kernels with {self._kernels.num_threads} threads"
-        return f"linear layers by cuBLAS, attention by Triton, on {name}{host}"
+        return f"linear layers by cuBLAS and Triton, attention by Triton, on {name}{host}"
 
     @property
     def num_attention_threads(self) -> int:
@@ -103,6 +104,9 @@ class CudaBackend:
                     block_size=shape.block_size,
                     dtype=shape.dtype,
                     has_qk_norm=config.qk_norm,
+                    has_qkv_bias=config.qkv_bias,
+                    has_out_bias=config.out_bias,
+                    has_mlp_bias=config.mlp_bias,
                 ),
                 self.device,
             )
@@ -182,11 +186,17 @@ class CudaBackend:
         add_rms_norm(out, x, residual, weight, eps)
         return out
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return the gated activation; see `Backend`."""
-        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        silu_and_mul(out, gate_up)
-        return out
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return a linear layer's output; see `Backend`."""
+        return self._linear.linear(x, weight, bias)
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the gated activation of a fused projection; see `Backend`."""
+        return self._linear.gated_linear(x, weight, bias)
 
     def start_attention(
         self,

@@ -134,7 +134,7 @@ class DecoderModel:
             normed = self._backend.rms_norm(hidden, weights.input_norm, eps)
         else:
             normed = self._backend.add_rms_norm(hidden, residual, weights.input_norm, eps)
-        return F.linear(normed, weights.qkv, weights.qkv_bias), residual
+        return self._backend.linear(normed, weights.qkv, weights.qkv_bias), residual
 
     def start_attention(self, lane: int, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """Start a layer's attention on the backend; see `Backend.start_attention`."""
@@ -154,14 +154,12 @@ class DecoderModel:
             The MLP's output, not yet added to the residual stream, and that stream.
         """
         weights = self.weights.layers[layer]
-        out = F.linear(attended, weights.out, weights.out_bias)
+        out = self._backend.linear(attended, weights.out, weights.out_bias)
         normed = self._backend.add_rms_norm(
             out, residual, weights.mlp_norm, self.config.rms_norm_eps
         )
-        gate_up = F.linear(normed, weights.gate_up, weights.gate_up_bias)
-        return F.linear(
-            self._backend.silu_and_mul(gate_up), weights.down, weights.down_bias
-        ), residual
+        activated = self._backend.gated_linear(normed, weights.gate_up, weights.gate_up_bias)
+        return self._backend.linear(activated, weights.down, weights.down_bias), residual
 
     @torch.inference_mode()
     def logits(

@@ -72,6 +72,11 @@ class OffloadPolicy:
         mean = self._mean_output
         self._mean_output = length if mean is None else mean + _MEMORY * (length - mean)
 
+    @property
+    def mean_output(self) -> float | None:
+        """Mean output length of finished requests, in tokens; None before the first."""
+        return self._mean_output
+
     def update(self, running: Sequence[Request], waiting: Sequence[Request]) -> None:
         """Look at the load now and then."""
         if self._config.mode != "auto" or self._host_tokens == 0:

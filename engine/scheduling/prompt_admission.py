@@ -31,13 +31,14 @@ def take_prompts(
     if not view.can_admit:
         return sub_batch, admitted
     device_free, host_free, host_room = view.device_free, view.host_free, view.host_room
+    outlook = view.outlook() if view.outlook is not None and view.waiting else None
     for request in view.waiting:
         if budget <= 0 or view.num_running + len(admitted) >= max_num_seqs:
             break
         if request.num_pending_tokens:
             break  # preempted while a step in flight sampled for it: its tokens are not all known
         num_blocks = -(-request.num_tokens // view.block_size)
-        if num_blocks <= device_free:
+        if num_blocks <= device_free and (outlook is None or outlook.admit(request)):
             placement, device_free = Placement.DEVICE, device_free - num_blocks
         elif (
             with_host

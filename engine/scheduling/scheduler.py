@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from engine.cost_model import CostModel
 from engine.kv_blocks import BlockPool
 from engine.request import FinishReason, Placement, Request, RequestState
+from engine.scheduling.lookahead import DeviceOutlook
 from engine.scheduling.offload_policy import OffloadPolicy
 from engine.scheduling.residency import Residency
 from engine.scheduling.scheduler_config import SchedulerConfig
@@ -222,6 +223,16 @@ class Scheduler:
             uses_host=host is not None and bool(on_host or target or needs_host),
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
             is_due=any(self._rules.patience(request) <= 0 for request in on_host),
+            outlook=self._outlook if self.config.admission_lookahead else None,
+        )
+
+    def _outlook(self) -> DeviceOutlook:
+        device = self.residency.device
+        return DeviceOutlook(
+            self._resident(Placement.DEVICE),
+            self.policy.mean_output,
+            device.num_blocks,
+            device.block_size,
         )
 
     def _device_is_spoken_for(self, on_host: Sequence[Request]) -> bool:

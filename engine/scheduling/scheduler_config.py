@@ -26,6 +26,8 @@ class SchedulerConfig:
         max_parked_steps: The same for one that is only parked on the host until the device has
             room again, because offloading does not pay. A GPU-only engine would have preempted it,
             so its wait may be as long as a queue's.
+        admission_lookahead: A request starts on the device only if it is expected to find blocks
+            there to its end, beside those that run; otherwise as soon as its prompt fits.
         swap_cooldown_steps: Steps that a request stays where it was swapped to.
         headroom_blocks: Blocks per resident request that stay free when a request is swapped in or
             sent to the host, so that the others' growth does not evict it at once.
@@ -42,6 +44,7 @@ class SchedulerConfig:
     policy_interval_steps: int = 16
     max_skipped_steps: int = 32
     max_parked_steps: int = 512
+    admission_lookahead: bool = True
     swap_cooldown_steps: int = 4
     headroom_blocks: int = 1
 

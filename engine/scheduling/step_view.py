@@ -1,9 +1,10 @@
 """What a step can be made of, and what it could become: the data between view and choice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.request import Placement, Request
+from engine.scheduling.lookahead import DeviceOutlook
 from engine.step_plan import StepMode, StepPrediction, SubBatch
 
 
@@ -27,6 +28,8 @@ class StepView:
         uses_host: The host may take part.
         least_gain: Rate with host-resident rows over that without from which they are computed.
         is_due: A host-resident request has waited as long as it may.
+        outlook: Makes a fresh look at what the device will hold; None: new requests start there as
+            soon as their prompts fit.
     """
 
     gdec: Sequence[Request]
@@ -44,6 +47,7 @@ class StepView:
     uses_host: bool
     least_gain: float
     is_due: bool
+    outlook: Callable[[], DeviceOutlook] | None = None
 
 
 @dataclass(slots=True, kw_only=True)

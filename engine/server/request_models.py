@@ -37,6 +37,31 @@ class StreamOptions(_Model):
     )
 
 
+class JsonSchemaFormat(_Model):
+    """What `response_format` says of a schema."""
+
+    json_schema: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Model):
+    """OpenAI's words for the form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(None, description="For type json_schema.")
+
+
+class StructuredOutputs(_Model):
+    """vLLM's words for the form of an answer; one of them."""
+
+    json_schema: str | dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class GenerationRequest(_Model):
     """What completions and chats have in common."""
 
@@ -80,6 +105,19 @@ class GenerationRequest(_Model):
     return_token_ids: bool | None = Field(
         None, description="Return the token ids of prompt and answer beside the text."
     )
+    prompt_logprobs: NumLogprobs | None = Field(
+        None, description="Log-probabilities of the prompt's tokens; not with stream."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="The form that the answer must have."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The same in vLLM's words: a schema, an expression, a choice, a grammar."
+    )
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     use_beam_search: bool | None = Field(None, description="Not supported: only false.")
     user: str | None = Field(None, description="Not used.")
 
@@ -131,6 +169,14 @@ class ChatRequest(GenerationRequest):
     top_logprobs: NumLogprobs | None = Field(
         None, description="How many likeliest tokens at each place; needs logprobs."
     )
+    tools: list[dict[str, Any]] | None = Field(None, description="Functions it may call.")
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables for the chat template."
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class TokenizeRequest(_Model):
@@ -140,6 +186,10 @@ class TokenizeRequest(_Model):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = Field(None, description="For a prompt; true if left out.")
+    add_generation_prompt: bool | None = Field(
+        None, description="For a conversation; true if left out."
+    )
+    tools: list[dict[str, Any]] | None = Field(None, description="For a conversation.")
     return_token_strs: bool | None = None
 
 

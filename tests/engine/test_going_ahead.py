@@ -28,7 +28,13 @@ MIXED = [
 OPTIONS = (
     {},
     {"device_kv_blocks": 9},
-    {"device_kv_blocks": 9, "max_num_seqs": 5, "max_num_batched_tokens": 16},
+    {
+        "mode": "gpu-only",
+        "device_kv_blocks": 9,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 16,
+        "admission_lookahead": False,
+    },
     {"mode": "asymmetric", "host_kv_gb": 0.02, "device_kv_blocks": 8},
     {"mode": "auto", "host_kv_gb": 0.02, "device_kv_blocks": 8},
 )

@@ -75,7 +75,10 @@ def test_half_precision_against_transformers(default_model_folder, prompts, dtyp
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"device_kv_blocks": 40, "mode": "gpu-only"}, id="preempted"),
+        pytest.param(
+            {"admission_lookahead": False, "device_kv_blocks": 40, "mode": "gpu-only"},
+            id="preempted",
+        ),
         pytest.param(
             {"device_kv_blocks": 60, "host_kv_gb": 1.0, "mode": "asymmetric"}, id="asymmetric"
         ),

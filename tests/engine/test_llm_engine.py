@@ -241,7 +241,9 @@ SAMPLED = [
 def test_preemption_changes_nothing(real_folder: Path, params) -> None:
     tokens = []
     for options in ({}, {"device_kv_blocks": 9}, {"device_kv_blocks": 9, "block_size": 32}):
-        limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24)
+        limits = SchedulerConfig(
+            max_num_seqs=8, max_num_batched_tokens=24, admission_lookahead=False
+        )
         engine = make_engine(real_folder, load_format="auto", scheduler=limits, **options)
         for number, prompt in enumerate(PROMPTS):
             engine.add_request(str(number), prompt, params[number])

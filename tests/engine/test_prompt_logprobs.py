@@ -62,8 +62,8 @@ def assert_scores(reference: PreTrainedModel, output: RequestOutput, tolerance: 
 MODES = [
     pytest.param({}, id="one-batch"),
     pytest.param({"max_num_batched_tokens": 16, "max_num_seqs": 8}, id="chunked"),
-    pytest.param({"device_kv_blocks": 9, "max_num_batched_tokens": 24, "max_num_seqs": 8},
-                 id="preempted"),
+    pytest.param({"device_kv_blocks": 9, "max_num_batched_tokens": 24, "max_num_seqs": 8,
+                  "admission_lookahead": False}, id="preempted"),
     pytest.param({"device_kv_blocks": 12, "host_kv_gb": 0.02, "mode": "asymmetric",
                   "max_num_batched_tokens": 24, "max_num_seqs": 8}, id="asymmetric"),
     pytest.param({"device_kv_blocks": 2, "host_kv_gb": 0.02, "mode": "auto"}, id="on-the-host"),

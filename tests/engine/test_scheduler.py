@@ -170,15 +170,19 @@ SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large]
     mode=st.sampled_from(["auto", "gpu-only", "asymmetric"]),
     cost_model=COST_MODELS,
     ahead=st.booleans(),
+    lookahead=st.booleans(),
 )
 def test_any_load_on_the_device(
-    arrivals, spare_blocks, max_num_seqs, spare_tokens, mode, cost_model, ahead
+    arrivals, spare_blocks, max_num_seqs, spare_tokens, mode, cost_model, ahead, lookahead
 ) -> None:
     """Without a host pool; `gpu-only` must not touch the one it is given."""
     device = BlockPool(blocks_for_longest(arrivals) + spare_blocks, BLOCK_SIZE)
     host = BlockPool(100, BLOCK_SIZE) if mode == "gpu-only" else None
     limits = SchedulerConfig(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_seqs + spare_tokens, mode=mode
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + spare_tokens,
+        mode=mode,
+        admission_lookahead=lookahead,
     )
     run = Run(arrivals, limits, device, host, cost_model, ahead=ahead)
     check_plan = run.check_plan
@@ -215,6 +219,7 @@ def test_any_load_on_device_and_host(data, arrivals, cost_model) -> None:
         max_parked_steps=data.draw(st.integers(0, 12)),
         swap_cooldown_steps=data.draw(st.integers(1, 4)),
         headroom_blocks=data.draw(st.integers(0, 2)),
+        admission_lookahead=data.draw(st.booleans()),
     )
     device, host = BlockPool(device_blocks, BLOCK_SIZE), BlockPool(host_blocks, BLOCK_SIZE)
     failing = data.draw(st.frozensets(st.integers(0, 30), max_size=3))

@@ -22,6 +22,7 @@ def make_scheduler(
     device = BlockPool(num_device, BLOCK_SIZE)
     host = None if num_host is None else BlockPool(num_host, BLOCK_SIZE)
     cost_model = options.pop("cost_model", make_cost_model())
+    options.setdefault("admission_lookahead", False)  # so that pools do get too small
     limits = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, **options)
     scheduler = Scheduler(limits, device, host, cost_model)
     return scheduler, FakeExecutor(limits, device, host, cost_model)

@@ -76,7 +76,9 @@ def test_equals_transformers_own_generate(reference, prompts, alone) -> None:
     [
         pytest.param({}, id="one-batch"),
         pytest.param({"max_num_seqs": 16, "max_num_batched_tokens": 31}, id="chunked"),
-        pytest.param({"device_kv_blocks": 24, "block_size": 16}, id="preempted"),
+        pytest.param(
+            {"admission_lookahead": False, "device_kv_blocks": 24, "block_size": 16}, id="preempted"
+        ),
         pytest.param(
             {"device_kv_blocks": 60, "host_kv_gb": 0.5, "mode": "asymmetric"}, id="asymmetric"
         ),

@@ -239,7 +239,10 @@ def expected(llm: LLM) -> list[list[int]]:
     "options",
     [
         pytest.param({}, id="one-batch"),
-        pytest.param({"device_kv_blocks": 17, "max_num_seqs": 12}, id="preempted"),
+        pytest.param(
+            {"admission_lookahead": False, "device_kv_blocks": 17, "max_num_seqs": 12},
+            id="preempted",
+        ),
         pytest.param(
             {"device_kv_blocks": 12, "host_kv_gb": 0.05, "mode": "asymmetric"}, id="asymmetric"
         ),

@@ -6,6 +6,7 @@ launches stopped after compilation: `python -m tests.gpu_kernels.compile_offline
 Prints a JSON line a kernel: registers, spilled bytes, shared memory, matrix instructions.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -22,10 +23,28 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from gpu_kernels.warmup import ModelShape, count_compiled_variants, run_all_variants
+from gpu_kernels import (
+    activation,
+    decode_attention,
+    few_rows,
+    linear,
+    merge_splits,
+    norm,
+    rope_store,
+)
+from gpu_kernels.warmup import (
+    ModelShape,
+    count_compiled_variants,
+    run_all_variants,
+    run_linear_variants,
+)
 from tests.gpu_kernels.serving_shapes import launch_serving_shapes
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+PDL_MODULES = (
+    activation, decode_attention, linear, merge_splits, norm, rope_store, few_rows
+)  # fmt: skip
 
 LLAMA_8B = {
     "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096,
@@ -47,6 +66,11 @@ class OfflineDriver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def hopper_options(device: torch.device) -> dict[str, Any]:
+    """What `pdl_options` says of a Hopper GPU."""
+    return {"USE_PDL": True, "launch_pdl": True}
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -94,8 +118,13 @@ def compile_all(shape: ModelShape, capability: int, serving: bool) -> list[dict[
         return kernel
 
     driver.set_active(OfflineDriver(capability))
-    with mock.patch.object(JITFunction, "run", compile_only):
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        if capability >= 90:
+            for module in PDL_MODULES:
+                patches.enter_context(mock.patch.object(module, "pdl_options", hopper_options))
         run_all_variants(shape, torch.device("cpu"))
+        run_linear_variants(shape, torch.device("cpu"))
         if serving:
             phase = "serving"
             launch_serving_shapes(shape, "cpu")

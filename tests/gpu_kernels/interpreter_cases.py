@@ -40,6 +40,7 @@ CASES: dict[str, Callable[[], None]] = {
     "swap": lambda: checks.check_swap(3, head_dim=24, device="cpu"),
     "swap_nothing": lambda: checks.check_swap(0, device="cpu"),
     "norm": lambda: checks.check_norm(2, 48, device="cpu"),
+    "skinny_linear": lambda: checks.check_skinny_linear(3, 128, 512, with_bias=True, device="cpu"),
     "silu": lambda: checks.check_silu(2, 40, device="cpu"),
 }  # fmt: skip
 

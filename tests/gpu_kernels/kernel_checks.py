@@ -10,6 +10,7 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.few_rows import NUM_COUNTERS, skinny_gated_linear, skinny_linear
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
@@ -262,3 +263,32 @@ def check_silu(
     out = torch.full((num_rows, intermediate_size), float("nan"), dtype=dtype, device=device)
     silu_and_mul(out, gate_up)
     oracle.assert_close(out, oracle.silu_and_mul(gate_up.float()), oracle.silu_and_mul(gate_up))
+
+
+def check_skinny_linear(
+    num_rows: int,
+    n: int,
+    k: int,
+    *,
+    with_bias: bool = False,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cuda",
+) -> None:
+    """Checks both kernels, twice: the second run finds the counters as the first left them."""
+    x = random_rows(num_rows, 1, k, dtype, device, seed=1)[:, 0]
+    weight = random_rows(n, 1, k, dtype, device, seed=2)[:, 0].contiguous() / k**0.5
+    bias = random_rows(1, 1, n, dtype, device, seed=3)[0, 0].contiguous() if with_bias else None
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    exact = oracle.linear(x.float(), weight, bias)
+    plain = oracle.linear(x, weight, bias)
+    outs = []
+    for _ in range(2):
+        out = poisoned(x[:, None, :1].expand(-1, 1, n))[:, 0]
+        skinny_linear(out, x, weight, bias, counters)
+        oracle.assert_close(out, exact, plain)
+        assert not counters.any()
+        outs.append(out)
+    assert torch.equal(*outs)
+    gated = poisoned(x[:, None, :1].expand(-1, 1, n // 2))[:, 0]
+    skinny_gated_linear(gated, x, weight, bias)
+    oracle.assert_close(gated, oracle.silu_and_mul(exact), oracle.silu_and_mul(plain))

@@ -40,6 +40,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * normed.to(x.dtype)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias, every product and sum in x's dtype."""
+    out = x @ weight.to(x.dtype).T
+    return out if bias is None else out + bias.to(x.dtype)
+
+
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up in gate_up's dtype."""
     gate, up = gate_up.chunk(2, dim=-1)

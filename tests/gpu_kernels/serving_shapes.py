@@ -6,6 +6,7 @@ from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
+from gpu_kernels.linear import LinearLayers
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
@@ -64,3 +65,11 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
         sizes = (num_rows, 2 * shape.intermediate_size)
         gate_up = torch.zeros(sizes, dtype=shape.dtype, device=device)
         silu_and_mul(gate_up[:, : shape.intermediate_size].clone(), gate_up)
+        layers = LinearLayers(torch.device(device))
+        for n, k, has_bias in shape.linear_sizes():
+            weight = torch.zeros(n, k, dtype=shape.dtype, device=device)
+            bias = weight[:, 0].clone() if has_bias else None
+            layers.linear(weight.new_zeros(num_rows, k), weight, bias)
+        weight = torch.zeros(sizes[1], shape.hidden_size, dtype=shape.dtype, device=device)
+        bias = weight[:, 0].clone() if shape.has_mlp_bias else None
+        layers.gated_linear(hidden, weight, bias)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gpu_kernels
+from gpu_kernels.few_rows import NUM_COUNTERS
 from gpu_kernels.tiles import MAX_SPLITS, decode_num_splits
 
 H, KV, D, B, N, L = 4, 2, 32, 16, 3, 2
@@ -64,6 +65,21 @@ def silu_args(n: int = N) -> dict[str, Any]:
     return {"out": zeros(n, D), "gate_up": zeros(n, 2 * D)}
 
 
+def skinny_args(n: int = N) -> dict[str, Any]:
+    return {
+        "out": zeros(n, 128),
+        "x": zeros(n, 256),
+        "weight": zeros(128, 256),
+        "bias": zeros(128),
+        "counters": zeros(NUM_COUNTERS, dtype=I32),
+    }
+
+
+def gated_args(n: int = N) -> dict[str, Any]:
+    named = skinny_args(n) | {"out": zeros(n, 64)}
+    return {name: value for name, value in named.items() if name != "counters"}
+
+
 LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "decode": (gpu_kernels.paged_decode_attention, decode_args),
     "prefill": (gpu_kernels.paged_prefill_attention, prefill_args),
@@ -74,6 +90,8 @@ LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "norm": (gpu_kernels.rms_norm, norm_args),
     "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
     "silu": (gpu_kernels.silu_and_mul, silu_args),
+    "skinny": (gpu_kernels.skinny_linear, skinny_args),
+    "gated": (gpu_kernels.skinny_gated_linear, gated_args),
 }
 TENSORS = [
     (launcher, name)
@@ -112,6 +130,10 @@ WRONG_VALUES = [
     ("rope", {"q_norm_weight": zeros(D), "k_norm_weight": zeros(D, dtype=F32)}, "k_norm_weight"),
     ("norm", {"x": zeros(N, 16385), "out": zeros(N, 16385)}, "hidden_size"),
     ("silu", {"gate_up": zeros(N, 7)}, "width"),
+    ("skinny", {"weight": zeros(64, 256)}, "x and weight"),
+    ("skinny", {"weight": zeros(128, 64), "x": zeros(N, 64)}, "x and weight"),
+    ("skinny", {"x": zeros(65, 256), "out": zeros(65, 128)}, "x and weight"),
+    ("gated", {"weight": zeros(256, 128).t()}, "weight"),
 ]
 WRONG_SWAPS: list[tuple[str, torch.Tensor]] = [
     ("v_cache", zeros(L, 6, KV, B, D)),

@@ -12,6 +12,7 @@ from tests.gpu_kernels.kernel_checks import (
     check_norm,
     check_rope_store,
     check_silu,
+    check_skinny_linear,
     check_store,
     check_swap,
 )
@@ -70,6 +71,13 @@ def test_swap_refuses_pageable_memory(swap: Callable[..., None]) -> None:
     k_host = torch.zeros(1, 2, 1, 64, 16)
     with pytest.raises(ValueError, match="k_host: expected pinned"):
         swap(pool, pool.clone(), ids, k_host, pool.cpu(), ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (384, 1024), (4096, 14336), (6144, 4096)])
+def test_linear_layers_of_a_few_rows(n: int, k: int, dtype: torch.dtype) -> None:
+    for num_rows in (1, 16, 17, 33, 64):
+        check_skinny_linear(num_rows, n, k, with_bias=num_rows % 2 == 1, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

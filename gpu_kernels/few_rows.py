@@ -1,0 +1,251 @@
+"""Linear layers of a few rows: bound by reading the weights once, which cuBLAS falls short of.
+
+Weights are the left operand, so that their rows fill the matrix units and the few rows of input
+are the narrow side. Long sums are cut into splits that run side by side; the last one to finish
+adds up the others' partial results in a fixed order, so that results repeat bit for bit and no
+second kernel is needed. The gate-and-up projection applies SiLU and the product before anything is
+written.
+"""
+
+# Kernel bodies are Triton's language, not Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_kernels.checks import check_contiguous, check_dense_rows, check_float, check_tensor, wrong
+from gpu_kernels.pdl import begin, pdl_options
+from gpu_kernels.tiles import next_power_of_2
+
+MAX_ROWS = 64
+TILE_N = 64
+TILE_K = 128
+GATED_TILE_K = 64
+MAX_SPLITS = 8
+_MIN_PROGRAMS = 256
+NUM_COUNTERS = _MIN_PROGRAMS
+"""Sums are split only where there are fewer column tiles than this."""
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def skinny_linear_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    partial_ptr,
+    counter_ptr,
+    num_rows,
+    stride_out,
+    stride_x,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Computes TILE_N columns of all rows, over one split of K.
+
+    Grid (N / TILE_N, NUM_SPLITS). A program owns TILE_N rows of the weight and K / NUM_SPLITS of
+    its columns. The last program of a column tile to finish writes the sum of all splits.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_n = tile * TILE_N + tl.arange(0, TILE_N)
+    offs_m = tl.arange(0, TILE_M)
+    offs_k = split * (K // NUM_SPLITS) + tl.arange(0, TILE_K)
+    weight_ptrs = weight_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
+    x_ptrs = x_ptr + offs_m[None, :] * stride_x + offs_k[:, None]
+    row_mask = (offs_m < num_rows)[None, :]
+    # The first weights are on their way while the kernel before this one still runs.
+    weight = tl.load(weight_ptrs, eviction_policy="evict_first")
+    begin(USE_PDL)
+    x = tl.load(x_ptrs, mask=row_mask, other=0.0)
+    acc = tl.dot(weight, x, input_precision="ieee")
+    for k in range(TILE_K, K // NUM_SPLITS, TILE_K):
+        weight = tl.load(weight_ptrs + k, eviction_policy="evict_first")
+        x = tl.load(x_ptrs + k, mask=row_mask, other=0.0)
+        acc = tl.dot(weight, x, acc, input_precision="ieee")
+
+    if NUM_SPLITS > 1:
+        partial_ptrs = partial_ptr + offs_m[None, :] * N + offs_n[:, None]
+        tl.store(partial_ptrs + split * num_rows * N, acc, mask=row_mask)
+        tl.debug_barrier()
+        num_done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+        if num_done < NUM_SPLITS - 1:
+            return
+        tl.store(counter_ptr + tile, 0)
+        acc = tl.zeros([TILE_N, TILE_M], dtype=tl.float32)
+        for other in tl.static_range(NUM_SPLITS):
+            acc += tl.load(
+                partial_ptrs + other * num_rows * N, mask=row_mask, other=0.0, cache_modifier=".cg"
+            )
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + offs_m[None, :] * stride_out + offs_n[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def skinny_gated_linear_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    num_rows,
+    stride_out,
+    stride_x,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Computes TILE_N columns of silu(gate) * up for all rows.
+
+    Grid (N / TILE_N,). A program owns TILE_N rows of the gate's weight and the same of up's, which
+    are N rows further down.
+    """
+    offs_n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    offs_m = tl.arange(0, TILE_M)
+    offs_k = tl.arange(0, TILE_K)
+    gate_ptrs = weight_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
+    up_ptrs = gate_ptrs + N * K
+    x_ptrs = x_ptr + offs_m[None, :] * stride_x + offs_k[:, None]
+    row_mask = (offs_m < num_rows)[None, :]
+    gate_weight = tl.load(gate_ptrs, eviction_policy="evict_first")
+    up_weight = tl.load(up_ptrs, eviction_policy="evict_first")
+    begin(USE_PDL)
+    x = tl.load(x_ptrs, mask=row_mask, other=0.0)
+    gate = tl.dot(gate_weight, x, input_precision="ieee")
+    up = tl.dot(up_weight, x, input_precision="ieee")
+    for k in range(TILE_K, K, TILE_K):
+        gate_weight = tl.load(gate_ptrs + k, eviction_policy="evict_first")
+        up_weight = tl.load(up_ptrs + k, eviction_policy="evict_first")
+        x = tl.load(x_ptrs + k, mask=row_mask, other=0.0)
+        gate = tl.dot(gate_weight, x, gate, input_precision="ieee")
+        up = tl.dot(up_weight, x, up, input_precision="ieee")
+    if HAS_BIAS:
+        gate += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+        up += tl.load(bias_ptr + N + offs_n).to(tl.float32)[:, None]
+    dtype = out_ptr.dtype.element_ty
+    gate = gate.to(dtype).to(tl.float32)
+    up = up.to(dtype).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    out_ptrs = out_ptr + offs_m[None, :] * stride_out + offs_n[:, None]
+    tl.store(out_ptrs, (activated * up).to(dtype), mask=row_mask)
+
+
+def can_skinny_linear(num_rows: int, weight: torch.Tensor) -> bool:
+    """Whether the kernels here take a weight and so many rows."""
+    n, k = weight.shape
+    return (
+        0 < num_rows <= MAX_ROWS
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and n % (2 * TILE_N) == 0
+        and k % (num_splits(n, k) * TILE_K) == 0
+    )
+
+
+@cache
+def num_splits(n: int, k: int) -> int:
+    """Into how many splits the sum over k is cut, so that programs fill a large GPU twice."""
+    splits = 1
+    while (
+        splits < MAX_SPLITS
+        and n // TILE_N * splits < _MIN_PROGRAMS
+        and k % (2 * splits * TILE_K) == 0
+    ):
+        splits *= 2
+    return splits
+
+
+def skinny_linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    counters: torch.Tensor,
+) -> None:
+    """Computes out = x @ weight.T + bias with float32 sums.
+
+    Args:
+        out: [num_rows, n], x's dtype, rows may be strided; overwritten.
+        x: [num_rows, k], bfloat16 or float16, 1 to 64 rows, which may be strided.
+        weight: [n, k], x's dtype, contiguous; see `can_skinny_linear` for its sizes.
+        bias: [n], x's dtype; None for none.
+        counters: [NUM_COUNTERS], int32, all zero before and after: counts the finished splits of
+            each column tile. Calls that may overlap need counters of their own.
+
+    Raises:
+        ValueError: An argument's shape, dtype, stride or device is wrong.
+    """
+    num_rows = _check(out, x, weight, bias, weight.shape[0])
+    check_tensor("counters", counters, (NUM_COUNTERS,), torch.int32, x.device)
+    if num_rows == 0:
+        return
+    n, k = weight.shape
+    splits = num_splits(n, k)
+    partial = x.new_empty(splits * num_rows * n, dtype=torch.float32) if splits > 1 else x
+    skinny_linear_kernel[(n // TILE_N, splits)](
+        out, x, weight, weight if bias is None else bias, partial, counters, num_rows,
+        out.stride(0), x.stride(0),
+        N=n, K=k, TILE_M=max(16, next_power_of_2(num_rows)), TILE_N=TILE_N, TILE_K=TILE_K,
+        NUM_SPLITS=splits, HAS_BIAS=bias is not None, num_warps=4, num_stages=3,
+        **pdl_options(x.device),
+    )  # fmt: skip
+
+
+def skinny_gated_linear(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Computes out = silu(gate) * up, where gate and up are the halves of x @ weight.T + bias.
+
+    Rounds where the separate kernels do: gate, up, the activation and the product.
+
+    Args:
+        out: [num_rows, n / 2], x's dtype, rows may be strided; overwritten.
+        x: [num_rows, k], bfloat16 or float16, 1 to 64 rows, which may be strided.
+        weight: [n, k], x's dtype, contiguous: the gate's rows, then up's.
+        bias: [n], x's dtype; None for none.
+
+    Raises:
+        ValueError: An argument's shape, dtype, stride or device is wrong.
+    """
+    num_rows = _check(out, x, weight, bias, weight.shape[0] // 2)
+    if num_rows == 0:
+        return
+    n, k = weight.shape[0] // 2, weight.shape[1]
+    skinny_gated_linear_kernel[(n // TILE_N,)](
+        out, x, weight, weight if bias is None else bias, num_rows, out.stride(0), x.stride(0),
+        N=n, K=k, TILE_M=max(16, next_power_of_2(num_rows)), TILE_N=TILE_N, TILE_K=GATED_TILE_K,
+        HAS_BIAS=bias is not None, num_warps=4, num_stages=4, **pdl_options(x.device),
+    )  # fmt: skip
+
+
+def _check(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, width: int
+) -> int:
+    """Checks the arguments of either launcher and returns the number of rows."""
+    check_float("x", x, 2)
+    num_rows, k = x.shape
+    check_dense_rows("x", x)
+    check_tensor("weight", weight, (None, k), x.dtype, x.device)
+    check_contiguous("weight", weight)
+    if num_rows and not can_skinny_linear(num_rows, weight):
+        expected = f"1 to {MAX_ROWS} rows of 16 bits an element, sizes that tiles divide"
+        raise wrong("x and weight", expected, (tuple(x.shape), tuple(weight.shape), x.dtype))
+    check_tensor("out", out, (num_rows, width), x.dtype, x.device)
+    check_dense_rows("out", out)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), x.dtype, x.device)
+        check_contiguous("bias", bias)
+    return num_rows
