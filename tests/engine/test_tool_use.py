@@ -146,8 +146,14 @@ def test_options_reach_the_template_and_nothing_else(llm: LLM, name: str) -> Non
     assert text().endswith("assistant\n")
     assert text(hurry=True).endswith("assistant\nQuick: ")
     assert text(add_generation_prompt=False).endswith("3?<|im_end|>\n")
-    with pytest.raises(RequestError, match="must not hold 'chat_template'"):
-        text(chat_template="{{ 1 }}")
+    for reserved in ("chat_template", "tokenize", "tools"):
+        with pytest.raises(RequestError, match=f"must not hold '{reserved}'"):
+            text(**{reserved: "{{ 1 }}"})
+    with pytest.raises(RequestError, match="the chat template refuses"):
+        text(**{"self": 1})
+    begun = [*QUESTION, {"role": "assistant", "content": "2 + 3 is"}]
+    tokens = llm.engine.chat_prompt(begun, continue_final_message=True)
+    assert llm.engine.tokenizer.decode(tokens).endswith("assistant\n2 + 3 is")
 
 
 @pytest.mark.ispc
