@@ -42,5 +42,9 @@ def tokenized_conversation(encoder: PromptEncoder, request: TokenizeRequest) -> 
 
 
 def _messages(messages: Sequence[ChatMessage]) -> list[Mapping[str, Any]]:
-    plain = [message.model_dump(exclude_unset=True) for message in messages]
-    return [{**message, "role": _ROLES.get(message["role"], message["role"])} for message in plain]
+    plain: list[Mapping[str, Any]] = []
+    for message in messages:
+        role = _ROLES.get(message.role, message.role)
+        given = message.model_dump(exclude_unset=True)
+        plain.append({"content": None, **given, "role": role})
+    return plain

@@ -18,7 +18,8 @@ TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 Count = Annotated[int, Field(ge=0, le=_INT32)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-StopString = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Choice = Annotated[list[NonEmpty], Field(min_length=1)]
 BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -58,9 +59,9 @@ class StructuredOutputs(_Model):
 
     json_schema: str | dict[str, Any] | None = Field(None, alias="json")
     json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
+    regex: NonEmpty | None = None
+    choice: Choice | None = None
+    grammar: NonEmpty | None = None
 
 
 class GenerationRequest(_Model):
@@ -96,8 +97,8 @@ class GenerationRequest(_Model):
     logit_bias: dict[BiasKey, Bias] | None = Field(
         None, description="Token id to a number that is added to its logit."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = (
-        Field(None, description="Strings that end the text.")
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = Field(
+        None, description="Strings that end the text."
     )
     stop_token_ids: list[TokenId] | None = Field(None, description="Tokens that end the text.")
     include_stop_str_in_output: bool | None = None
@@ -116,9 +117,9 @@ class GenerationRequest(_Model):
         None, description="The same in vLLM's words: a schema, an expression, a choice, a grammar."
     )
     guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
+    guided_regex: NonEmpty | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: NonEmpty | None = None
     use_beam_search: bool | None = Field(None, description="Not supported: only false.")
     user: str | None = Field(None, description="Not used.")
 
