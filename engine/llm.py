@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+from engine.chat_messages import ChatMessage
 from engine.config import EngineConfig
 from engine.errors import RequestError
 from engine.llm_engine import LLMEngine, Prompt
 from engine.outputs import RequestOutput
-from engine.prompt_encoder import ChatMessage
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
 
@@ -82,19 +82,26 @@ class LLM:
         self,
         messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer one or several conversations, through the model's chat template.
 
         Args:
             messages: One conversation, or a list of them.
             sampling_params: One for all, or one each.
+            tools: Functions that the model is told of; `engine.tool_calls` reads its calls.
+            **template_options: As for `LLMEngine.chat_prompt`.
 
         Raises:
             RequestError: The model has no chat template, or a conversation is invalid.
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        prompts = [self.engine.chat_prompt(conversation) for conversation in conversations]
+        prompts = [
+            self.engine.chat_prompt(conversation, tools, **template_options)
+            for conversation in conversations
+        ]
         return self.generate(prompts, sampling_params)
 
     def stream(

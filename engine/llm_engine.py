@@ -3,9 +3,10 @@
 import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engine.chat_messages import ChatMessage
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.cost_tables import make_cost_model
@@ -13,7 +14,7 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.errors import RequestError, StepError
 from engine.output_stream import OutputStream
 from engine.outputs import RequestOutput
-from engine.prompt_encoder import ChatMessage, load_prompt_encoder
+from engine.prompt_encoder import load_prompt_encoder
 from engine.request import FinishReason, Request
 from engine.request_limits import RequestLimits
 from engine.runner import ModelRunner
@@ -176,9 +177,15 @@ class LLMEngine:
             include_stop_str=params.include_stop_str_in_output,
         )
 
-    def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        /,
+        **template_options: Any,
+    ) -> list[int]:
         """Return the tokens of a conversation; see `PromptEncoder.chat_prompt`."""
-        return self.prompt_encoder.chat_prompt(messages)
+        return self.prompt_encoder.chat_prompt(messages, tools, **template_options)
 
     def observe_steps(self, observer: StepObserver) -> None:
         """Have `observer` called with every step, right after it was measured or failed."""
@@ -296,7 +303,9 @@ class LLMEngine:
         if stream.logprobs is not None and logprobs is not None:
             stream.logprobs.append(logprobs)
         if detokenizer is not None:
-            stream.new_text = detokenizer.append(request.output_token_ids[-1])
+            is_shown = not request.ends_with_stop_token or request.params.include_stop_str_in_output
+            last = request.output_token_ids[-1]
+            stream.new_text = detokenizer.append(last) if is_shown else ""
             if detokenizer.stop_string is not None:
                 # Also when the length ended it in the same step: the text is cut at the string.
                 request.finish(FinishReason.STOP, detokenizer.stop_string)

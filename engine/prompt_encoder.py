@@ -6,10 +6,9 @@ The engine has one, and so has the server's HTTP process, which holds no model.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.chat_messages import ChatMessage, check_template_options, template_messages
 from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError, RequestError
-
-ChatMessage = Mapping[str, Any]
 
 
 class PromptEncoder:
@@ -68,11 +67,20 @@ class PromptEncoder:
             )
         )
 
-    def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        /,
+        **template_options: Any,
+    ) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
 
         Args:
-            messages: `{"role": ..., "content": ...}` each.
+            messages: `{"role": ..., "content": ...}` each; content is text or a list of text parts.
+            tools: Functions that the model may call, as in OpenAI's API.
+            **template_options: What the template knows beside them, such as `documents` or
+                `enable_thinking`; also `add_generation_prompt` and `continue_final_message`.
 
         Raises:
             RequestError: The model has no chat template, or it refuses the messages.
@@ -82,9 +90,13 @@ class PromptEncoder:
                 "the model has no chat template; give it a plain prompt (neo generate --raw)",
                 field="messages",
             )
+        check_template_options(template_options)
+        continues = bool(template_options.get("continue_final_message"))
+        options = {"add_generation_prompt": not continues, **template_options}
+        conversation = template_messages(messages)
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                conversation, tools=list(tools) if tools else None, tokenize=False, **options
             )
         except Exception as error:  # whatever the model's own template raises
             raise RequestError(

@@ -116,6 +116,14 @@ class Request:
         own = frozenset(self.params.stop_token_ids)
         return own if self.params.ignore_eos else own | self.eos_token_ids
 
+    @property
+    def ends_with_stop_token(self) -> bool:
+        """Whether the last token only says that the output ends, and is no part of its text."""
+        if self.finish_reason is not FinishReason.STOP or not self.output_token_ids:
+            return False
+        last = self.output_token_ids[-1]
+        return last in self.eos_token_ids or last in self.params.stop_token_ids
+
     def token_ids(self, start: int, end: int) -> list[int]:
         """Return tokens `start` to `end` of prompt and output; pending ones are `PENDING_TOKEN`."""
         num_prompt = len(self.prompt_token_ids)

@@ -24,9 +24,9 @@ class SamplingParams:
         frequency_penalty: Subtracted once per occurrence in the output. [-2, 2].
         seed: Makes this request's draws reproducible, whatever runs beside it.
         logit_bias: Token id to a number added to its logit, in [-100, 100].
-        stop: Strings, or one, that end the output; not part of it unless
+        stop: Strings, or one, that end the output; not part of its text unless
             `include_stop_str_in_output`.
-        stop_token_ids: Tokens that end the output.
+        stop_token_ids: Tokens that end the output; not part of its text either.
         ignore_eos: Go on after the model's end-of-sequence token.
         max_tokens: Most tokens to generate, at least 1; None is up to the context limit.
         min_tokens: No stop condition holds before this many tokens.
@@ -35,7 +35,7 @@ class SamplingParams:
         structured_output: The form that the output must have. It may end only where its grammar
             may end; where nothing but the end is possible the request stops.
         skip_special_tokens: Leave special tokens out of the text.
-        include_stop_str_in_output: Keep the stop string at the end of the text.
+        include_stop_str_in_output: Keep the stop string or token at the end of the text.
 
     Raises:
         RequestError: A value is out of range; the message names the field.

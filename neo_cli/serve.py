@@ -62,6 +62,14 @@ def serve(
     max_body_mb: Annotated[float, option("Most MiB of a request's body.", SERVER_PANEL)] = default(
         ServerConfig, "max_body_mb"
     ),
+    tool_call_parser: Annotated[
+        str | None,
+        option(
+            "How the model writes tool calls: hermes, llama3_json or mistral; from its chat "
+            "template if left out.",
+            SERVER_PANEL,
+        ),
+    ] = default(ServerConfig, "tool_call_parser"),
     log_json: Annotated[
         bool, option("Log one JSON object a line.", SERVER_PANEL, "--log-json")
     ] = default(ServerConfig, "log_json"),
@@ -124,6 +132,7 @@ def serve(
             request_timeout_s=request_timeout_s,
             shutdown_timeout_s=shutdown_timeout_s,
             max_body_mb=max_body_mb,
+            tool_call_parser=tool_call_parser,
             log_json=log_json,
         )
     except ConfigError as error:
@@ -135,6 +144,8 @@ def _run(config: EngineConfig, server_config: ServerConfig) -> int:
     try:
         from engine.server.run import run_server
     except ModuleNotFoundError as error:
+        if str(error.name).startswith("engine"):
+            raise
         raise ConfigError(
             f"neo serve needs the package {error.name}: pip install 'neo-llm[serve]'"
         ) from error

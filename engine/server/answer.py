@@ -20,6 +20,9 @@ class AnswerHead:
         include_usage: Whether the stream ends with the usage.
         continuous_usage: Whether every event of the stream holds the usage so far.
         return_token_ids: Whether token ids come with the text.
+        prompt_logprobs: Whether log-probabilities of the prompt are an answer's own field.
+        form_field: The request's field that asks for a form of the answer.
+        prompt_only: Whether the answer is the prompt alone, and the token behind it left out.
     """
 
     answer_id: str
@@ -29,10 +32,13 @@ class AnswerHead:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    prompt_logprobs: bool
+    form_field: str | None
+    prompt_only: bool = False
 
     def usage(self, generation: Generation) -> dict[str, Any]:
         """Return the tokens used so far."""
-        num_output = generation.num_output_tokens
+        num_output = 0 if self.prompt_only else generation.num_output_tokens
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_output,
@@ -64,7 +70,7 @@ class Answer(ABC):
     def whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         """Return a finished choice."""
 
-    def extra_fields(self) -> dict[str, Any]:
+    def extra_fields(self, choices: list[ChoiceDelta]) -> dict[str, Any]:
         """Return what an answer sent at once has beside its choices."""
         return {}
 
@@ -90,7 +96,7 @@ class Answer(ABC):
         """Return the answer at once."""
         body = self._envelope(self.whole_object, [self.whole_choice(choice) for choice in choices])
         body["usage"] = self.head.usage(generation)
-        return body | self.extra_fields()
+        return body | self.extra_fields(choices)
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
+from http import HTTPStatus
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -55,6 +56,11 @@ class Answering(Response):
                 await self._send_events(generation, send)
             else:
                 await self._send_whole(generation, send)
+        except ApiError as error:
+            # The engine compiles grammars, but does not know by which name they came.
+            if error.status_code == HTTPStatus.BAD_REQUEST and error.param is None:
+                error.param = self._answer.head.form_field
+            raise
         except ClientGoneError:
             info.client_is_gone = True
         finally:

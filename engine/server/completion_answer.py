@@ -1,26 +1,13 @@
 """Answers of `/v1/completions`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from engine.sampler import TokenLogprobs
 from engine.server.answer import Answer, AnswerHead, finish_fields
 from engine.server.generation import ChoiceDelta
-from engine.server.logprob_format import completion_logprobs
+from engine.server.logprob_format import completion_logprobs, prompt_logprobs
 from engine.server.token_texts import TokenTexts
-
-
-@dataclass(frozen=True, slots=True)
-class Echo:
-    """A prompt that goes before its choices' text.
-
-    Args:
-        text: The prompt.
-        only: Whether the generated token is left out: `max_tokens` was 0.
-    """
-
-    text: str
-    only: bool
 
 
 class CompletionAnswer(Answer):
@@ -40,7 +27,7 @@ class CompletionAnswer(Answer):
         self,
         head: AnswerHead,
         prompts: Sequence[list[int]],
-        echoes: Sequence[Echo],
+        echoes: Sequence[str],
         texts: TokenTexts | None,
     ) -> None:
         super().__init__(head)
@@ -63,18 +50,23 @@ class CompletionAnswer(Answer):
         index = delta.index
         begins = not self._begun[index]
         self._begun[index] = True
-        echo = self._echoes[index] if self._echoes else None
-        text = "" if echo is not None and echo.only else delta.text
-        offset = self._lengths[index]
-        if echo is not None and begins:
-            offset += len(echo.text)
-            text = echo.text + text
-        self._lengths[index] += len(text)
+        text, token_ids, scored_ids = delta.text, delta.token_ids, delta.token_ids
+        entries: Sequence[TokenLogprobs | None] | None = delta.logprobs
+        if self.head.prompt_only:
+            text, token_ids, scored_ids, entries = "", [], [], entries and []
+        if self._echoes and begins:
+            text = self._echoes[index] + text
+            scored_ids = self._prompts[index] + scored_ids
+            entries = None if entries is None else [*(delta.prompt_logprobs or []), *entries]
         logprobs = None
-        if delta.logprobs is not None and self._texts is not None:
-            logprobs = completion_logprobs(delta.logprobs, self._texts, offset)
+        if entries is not None and self._texts is not None:
+            offset = self._lengths[index]
+            logprobs = completion_logprobs(scored_ids, entries, self._texts, offset)
+        self._lengths[index] += len(text)
         choice = {"index": index, "text": text, "logprobs": logprobs, **finish_fields(delta)}
         if self.head.return_token_ids:
-            choice["token_ids"] = delta.token_ids
+            choice["token_ids"] = token_ids
             choice["prompt_token_ids"] = self._prompts[index] if begins else None
+        if self.head.prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs or [], self._texts)
         return choice

@@ -1,5 +1,6 @@
 """`POST /v1/completions`."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,10 @@ from starlette.responses import Response
 from engine.server.answer import AnswerHead
 from engine.server.answering import Answering
 from engine.server.call_info import call_info
-from engine.server.completion_answer import CompletionAnswer, Echo
+from engine.server.completion_answer import CompletionAnswer
 from engine.server.request_models import CompletionRequest, GenerationRequest
 from engine.server.request_params import completion_params, each_choice
+from engine.server.response_form import response_form
 from engine.server.response_models import Completion, documented
 from engine.server.service import Service
 
@@ -33,11 +35,12 @@ def completion_router(service: Service) -> APIRouter:
             call, request, "cmpl", model, sum(len(token_ids) for token_ids in prompts)
         )
         repeated = [token_ids for token_ids in prompts for _ in range(n)]
-        echoes = []
+        echoes: list[str] = []
         if request.echo:
             texts = await service.run_encoding(partial(_prompt_texts, service, request))
-            only = request.max_tokens == 0
-            echoes = [Echo(text, only) for text in texts for _ in range(n)]
+            echoes = [text for text in texts for _ in range(n)]
+        if request.echo and request.max_tokens == 0:
+            head = replace(head, prompt_only=True)
         service.metrics.request_n.observe(request.n or 1)
         answer = CompletionAnswer(head, repeated, echoes, service.texts)
         choices = each_choice(params, n) * len(prompts)
@@ -67,6 +70,8 @@ def answer_head(
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
         return_token_ids=bool(request.return_token_ids),
+        prompt_logprobs=request.prompt_logprobs is not None,
+        form_field=response_form(request)[1],
     )
 
 

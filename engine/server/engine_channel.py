@@ -33,16 +33,19 @@ class EngineChannel:
         self._outgoing += encode(message)
         self._flush()
 
-    def receive(self, *, wait: bool) -> list[Any]:
+    def receive(self, timeout_s: float | None) -> list[Any]:
         """Return the messages that have come.
 
         Args:
-            wait: Wait until there is at least one, or the other side has gone.
+            timeout_s: How long to wait for one, or for the end of the other side; None is forever.
         """
+        self._flush()
         messages = self._read()
-        while wait and not messages and not self.is_closed:
+        while timeout_s != 0 and not messages and not self.is_closed:
             writers = [self._socket] if self._outgoing else []
-            select.select([self._socket], writers, [])
+            readable, writable, _ = select.select([self._socket], writers, [], timeout_s)
+            if not readable and not writable:
+                break
             self._flush()
             messages = self._read()
         return messages

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
+import signal
 import socket
 import time
 from collections import deque
@@ -12,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from engine.config import EngineConfig
-from engine.errors import NeoError
+from engine.errors import NeoError, RequestError
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
-from engine.server.api_errors import engine_failure
+from engine.server.api_errors import engine_failure, from_request_error
 from engine.server.engine_process import run_engine
 from engine.server.generation import Generation
 from engine.server.metrics import Metrics, RequestTrack
@@ -38,6 +39,7 @@ KEPT_STEPS = 2048
 """Steps that the dashboard can look back on."""
 
 _LEAVE_S = 5.0
+_REAP_S = 1.0
 _logger = logging.getLogger("neo.server")
 
 
@@ -178,13 +180,23 @@ class EngineClient(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail everything that runs: the engine has gone; called by asyncio."""
         if not self._is_stopping and self.error is None:
-            self.error = EngineDiedError("the engine process ended unexpectedly; see the log")
+            self.error = EngineDiedError(
+                f"the engine process ended unexpectedly ({self._how_it_ended()}); see the log"
+            )
         if self.error is not None:
             self.fail_all(engine_failure(str(self.error)))
             if not self._ready.done():
                 self._ready.set_exception(self.error)
         self._live.clear()
         self.gone.set()
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        self._process.join(_REAP_S)  # its end of the socket closes a moment before it is gone
+        code = self._process.exitcode
+        if code is None:
+            return "closed its connection"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def _handle_report(self, report: Report) -> None:
         self.last_report_s = report.time_s
@@ -200,6 +212,9 @@ class EngineClient(asyncio.Protocol):
                 del self._live[delta.request_id]
                 if finish.reason == FinishReason.ERROR.value:
                     generation.fail(engine_failure(str(finish.stop_reason)))
+        for refusal in report.refusals:
+            generation, _, _ = self._live.pop(refusal.request_id)
+            generation.fail(from_request_error(RequestError(refusal.message, refusal.field)))
 
     def _write(self, message: Any) -> None:
         assert self._transport is not None, "launch first"

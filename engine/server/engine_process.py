@@ -16,6 +16,7 @@ from engine.llm_engine import LLMEngine
 from engine.outputs import RequestOutput
 from engine.request import FinishReason
 from engine.server.engine_channel import EngineChannel
+from engine.server.grammar_waiting import GrammarWaiting
 from engine.server.logs import configure_logging
 from engine.server.startup_clock import StartupClock
 from engine.server.step_record import StepRecorder
@@ -27,6 +28,7 @@ from engine.server.wire import (
     Gauges,
     Progress,
     Ready,
+    Refusal,
     Report,
     Start,
     Stop,
@@ -40,6 +42,8 @@ One may be a single request's doing; a device that is gone fails every step.
 """
 
 _DRAIN_S = 5.0
+_GRAMMAR_POLL_S = 0.005
+_ABORT = FinishReason.ABORT.value
 _logger = logging.getLogger("neo.engine")
 
 
@@ -57,7 +61,7 @@ def run_engine(sock: socket.socket, spawned_s: float, log_json: bool) -> None:
     clock = StartupClock(spawned_s, "imports")
     channel = EngineChannel(sock)
     try:
-        first = channel.receive(wait=True)
+        first = channel.receive(None)
         if first and isinstance(first[0], Start):
             engine = _load(first[0], channel, clock)
             try:
@@ -115,6 +119,8 @@ class EngineLoop:
         engine.observe_steps(self._recorder.observe)
         self._num_sent: dict[str, int] = {}
         """Tokens sent so far, by unfinished request."""
+        self._waiting = GrammarWaiting(engine.compile_grammar)
+        self._refusals: list[Refusal] = []
         self._num_failed_steps = 0
         self._is_stopping = False
 
@@ -130,31 +136,59 @@ class EngineLoop:
                 deltas += self._handle(command)
             if self._is_stopping or self._channel.is_closed:
                 return
+            for command, error in self._waiting.take_ready():
+                deltas += self._queue(command, error)
             if self._engine.has_unfinished_requests():
                 deltas += self._step()
-            self._channel.send(
-                Report(time.monotonic(), self._gauges(), deltas, self._recorder.take())
-            )
+            self._report(deltas)
             deltas = []
-            commands = self._channel.receive(wait=not self._engine.has_unfinished_requests())
+            commands = self._channel.receive(self._patience_s())
+
+    def _patience_s(self) -> float | None:
+        """Return how long the loop may wait for commands; None is forever."""
+        if self._engine.has_unfinished_requests():
+            return 0.0
+        return _GRAMMAR_POLL_S if self._waiting else None
+
+    def _report(self, deltas: list[TokenDelta]) -> None:
+        refusals, self._refusals = self._refusals, []
+        self._channel.send(
+            Report(time.monotonic(), self._gauges(), deltas, self._recorder.take(), refusals)
+        )
 
     def _handle(self, command: object) -> list[TokenDelta]:
         if isinstance(command, Add):
-            return self._add(command)
+            if command.params.structured_output is None:
+                return self._queue(command)
+            self._waiting.add(command)
+            return []
         if isinstance(command, Abort):
-            aborted = [self._engine.abort_request(request_id) for request_id in command.request_ids]
-            return [self._delta(output) for output in aborted if output is not None]
+            return [delta for name in command.request_ids for delta in self._abort(name)]
         assert isinstance(command, Stop), command
         self._is_stopping = True
         return []
 
-    def _add(self, command: Add) -> list[TokenDelta]:
-        self._num_sent[command.request_id] = 0
+    def _queue(self, command: Add, error: BaseException | None = None) -> list[TokenDelta]:
+        """Give a request to the engine, unless its grammar had an error."""
+        request_id, token_ids, params = command
         try:
-            self._engine.add_request(command.request_id, command.token_ids, command.params)
+            if error is not None:
+                raise error
+            self._engine.add_request(request_id, token_ids, params)
         except RequestError as error:
-            return [self._lost(command.request_id, str(error))]
+            self._refusals.append(Refusal(request_id, str(error), error.field))
+        except Exception as error:
+            _logger.exception("a request could not be queued; the others go on")
+            return [self._lost(request_id, f"{type(error).__name__}: {error}")]
+        else:
+            self._num_sent[request_id] = 0
         return []
+
+    def _abort(self, request_id: str) -> list[TokenDelta]:
+        if self._waiting.drop(request_id):
+            return [TokenDelta(request_id, "", [], None, Finish(_ABORT, None, None))]
+        output = self._engine.abort_request(request_id)
+        return [] if output is None else [self._delta(output)]
 
     def _step(self) -> list[TokenDelta]:
         try:
@@ -187,11 +221,12 @@ class EngineLoop:
             completion.token_ids[start:],
             None if logprobs is None else logprobs[start:],
             finish,
+            output.prompt_logprobs if start == 0 and completion.token_ids else None,
         )
 
     def _lost(self, request_id: str, message: str) -> TokenDelta:
         """Return the end of a request that the engine no longer knows, or never did."""
-        del self._num_sent[request_id]
+        self._num_sent.pop(request_id, None)
         return TokenDelta(request_id, "", [], None, Finish(FinishReason.ERROR.value, message, None))
 
     def _gauges(self) -> Gauges:

@@ -16,6 +16,7 @@ class ChoiceDelta:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: Finish | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
 
     @property
     def text(self) -> str:
@@ -48,17 +49,20 @@ class Generation:
 
     def put(self, index: int, delta: TokenDelta) -> None:
         """Add what the engine has produced for a choice."""
-        _, text, token_ids, logprobs, finish = delta
+        _, text, token_ids, logprobs, finish, prompt_logprobs = delta
         self.num_output_tokens += len(token_ids)
         known = self._pending.get(index)
         if known is None:
-            self._pending[index] = ChoiceDelta(index, [text], token_ids, logprobs, finish)
+            self._pending[index] = ChoiceDelta(
+                index, [text], token_ids, logprobs, finish, prompt_logprobs
+            )
         else:
             known.texts.append(text)
             known.token_ids += token_ids
             if known.logprobs is not None and logprobs is not None:
                 known.logprobs += logprobs
             known.finish = finish
+            known.prompt_logprobs = known.prompt_logprobs or prompt_logprobs
         if finish is not None:
             self._num_running -= 1
         if not self._waits_for_end or not self._num_running:

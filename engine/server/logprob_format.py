@@ -1,5 +1,6 @@
 """Log-probabilities as OpenAI's completions and chats write them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from engine.sampler import TokenLogprobs
@@ -10,16 +11,20 @@ LEAST_LOGPROB = -9999.0
 
 
 def completion_logprobs(
-    entries: list[TokenLogprobs], texts: TokenTexts, offset: int
+    token_ids: Sequence[int],
+    entries: Sequence[TokenLogprobs | None],
+    texts: TokenTexts,
+    offset: int,
 ) -> dict[str, Any]:
     """Return the `logprobs` of a completion's choice.
 
     Args:
-        entries: One a token.
+        token_ids: The tokens.
+        entries: One a token; None for a prompt's first one.
         texts: Of the tokens.
         offset: Characters before the first one, in the choice's text.
     """
-    tokens = [texts.text(entry.token_id) for entry in entries]
+    tokens = [texts.text(token_id) for token_id in token_ids]
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -27,8 +32,8 @@ def completion_logprobs(
     return {
         "text_offset": offsets,
         "tokens": tokens,
-        "token_logprobs": [_finite(entry.logprob) for entry in entries],
-        "top_logprobs": [_top(entry, texts) for entry in entries],
+        "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
+        "top_logprobs": [None if entry is None else _top(entry, texts) for entry in entries],
     }
 
 
@@ -40,6 +45,26 @@ def chat_logprobs(entries: list[TokenLogprobs], texts: TokenTexts) -> dict[str, 
             | {"top_logprobs": [_item(token, value, texts) for token, value in entry.top]}
             for entry in entries
         ]
+    }
+
+
+def prompt_logprobs(
+    entries: Sequence[TokenLogprobs | None], texts: TokenTexts | None
+) -> list[dict[str, Any] | None]:
+    """Return vLLM's `prompt_logprobs`: the prompt's own token and likely ones, by their ids."""
+    return [None if entry is None else _by_id(entry, texts) for entry in entries]
+
+
+def _by_id(entry: TokenLogprobs, texts: TokenTexts | None) -> dict[str, Any]:
+    ranked = [(entry.token_id, entry.logprob, entry.rank)]
+    ranked += [(token_id, value, rank) for rank, (token_id, value) in enumerate(entry.top, 1)]
+    return {
+        str(token_id): {
+            "logprob": _finite(logprob),
+            "rank": rank,
+            "decoded_token": None if texts is None else texts.text(token_id),
+        }
+        for token_id, logprob, rank in ranked
     }
 
 

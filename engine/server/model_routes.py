@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
 from engine.server.api_errors import invalid_request
-from engine.server.messages import template_messages
+from engine.server.conversation import tokenized_conversation
 from engine.server.request_models import DetokenizeRequest, TokenizeRequest
 from engine.server.response_models import (
     Health,
@@ -96,7 +96,7 @@ def _tokenize(service: Service, request: TokenizeRequest) -> list[int]:
     if (request.prompt is None) == (request.messages is None):
         raise invalid_request("give either prompt or messages", "prompt")
     if request.messages is not None:
-        return service.encoder.chat_prompt(template_messages(request.messages))
+        return tokenized_conversation(service.encoder, request)
     assert request.prompt is not None
     special = request.add_special_tokens is not False
     return service.encoder.tokenize(request.prompt, add_special_tokens=special)

@@ -6,7 +6,8 @@ leaving a field out.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_STOP_STRINGS
 
@@ -17,7 +18,8 @@ TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 Count = Annotated[int, Field(ge=0, le=_INT32)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-StopString = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Choice = Annotated[list[NonEmpty], Field(min_length=1)]
 BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -35,6 +37,31 @@ class StreamOptions(_Model):
     continuous_usage_stats: bool | None = Field(
         None, description="Put the usage so far into every chunk."
     )
+
+
+class JsonSchemaFormat(_Model):
+    """What `response_format` says of a schema."""
+
+    json_schema: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Model):
+    """OpenAI's words for the form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(None, description="For type json_schema.")
+
+
+class StructuredOutputs(_Model):
+    """vLLM's words for the form of an answer; one of them."""
+
+    json_schema: str | dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: NonEmpty | None = None
+    choice: Choice | None = None
+    grammar: NonEmpty | None = None
 
 
 class GenerationRequest(_Model):
@@ -70,8 +97,8 @@ class GenerationRequest(_Model):
     logit_bias: dict[BiasKey, Bias] | None = Field(
         None, description="Token id to a number that is added to its logit."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = (
-        Field(None, description="Strings that end the text.")
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = Field(
+        None, description="Strings that end the text."
     )
     stop_token_ids: list[TokenId] | None = Field(None, description="Tokens that end the text.")
     include_stop_str_in_output: bool | None = None
@@ -80,6 +107,19 @@ class GenerationRequest(_Model):
     return_token_ids: bool | None = Field(
         None, description="Return the token ids of prompt and answer beside the text."
     )
+    prompt_logprobs: NumLogprobs | None = Field(
+        None, description="Log-probabilities of the prompt's tokens; not with stream."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="The form that the answer must have."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The same in vLLM's words: a schema, an expression, a choice, a grammar."
+    )
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: NonEmpty | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: NonEmpty | None = None
     use_beam_search: bool | None = Field(None, description="Not supported: only false.")
     user: str | None = Field(None, description="Not used.")
 
@@ -119,6 +159,20 @@ class ChatMessage(_Model):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        """Say of images and the like what is wrong with them, not that they are no strings."""
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise PydanticCustomError(
+                    "text_only",
+                    "content of type {kind} is not supported; the model reads text only",
+                    {"kind": kind},
+                )
+        return content
+
 
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
@@ -131,6 +185,14 @@ class ChatRequest(GenerationRequest):
     top_logprobs: NumLogprobs | None = Field(
         None, description="How many likeliest tokens at each place; needs logprobs."
     )
+    tools: list[dict[str, Any]] | None = Field(None, description="Functions it may call.")
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables for the chat template."
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class TokenizeRequest(_Model):
@@ -140,6 +202,10 @@ class TokenizeRequest(_Model):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = Field(None, description="For a prompt; true if left out.")
+    add_generation_prompt: bool | None = Field(
+        None, description="For a conversation; true if left out."
+    )
+    tools: list[dict[str, Any]] | None = Field(None, description="For a conversation.")
     return_token_strs: bool | None = None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from engine.sampling_params import SamplingParams
 from engine.server.api_errors import invalid_request
 from engine.server.request_models import ChatRequest, CompletionRequest, GenerationRequest
+from engine.server.response_form import response_form
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI's completions generate where nothing is said; chats go on to the context's end."""
@@ -40,7 +41,12 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
         max_tokens = max(DEFAULT_COMPLETION_TOKENS, request.min_tokens or 0)
     if max_tokens == 0 and request.echo:
         max_tokens = 1  # only the prompt is wanted; the caller leaves the token out
-    return _params(request, max_tokens=max_tokens, logprobs=request.logprobs)
+    prompt_logprobs = request.prompt_logprobs
+    if request.echo and prompt_logprobs is None:
+        prompt_logprobs = request.logprobs
+    return _params(
+        request, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs
+    )
 
 
 def chat_params(request: ChatRequest) -> SamplingParams:
@@ -55,7 +61,12 @@ def chat_params(request: ChatRequest) -> SamplingParams:
     if max_tokens is None:
         max_tokens = request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _params(request, max_tokens=max_tokens, logprobs=logprobs)
+    return _params(
+        request,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+    )
 
 
 def each_choice(params: SamplingParams, n: int) -> list[SamplingParams]:
@@ -67,7 +78,11 @@ def each_choice(params: SamplingParams, n: int) -> list[SamplingParams]:
 
 
 def _params(
-    request: GenerationRequest, *, max_tokens: int | None, logprobs: int | None
+    request: GenerationRequest,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """Return the parameters; a `RequestError` of theirs is answered by its handler."""
     if request.best_of is not None and request.best_of != (request.n or 1):
@@ -76,6 +91,9 @@ def _params(
         raise invalid_request("beam search is not supported", "use_beam_search")
     if request.stream_options is not None and not request.stream:
         raise invalid_request("stream_options needs stream to be true", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise invalid_request("prompt_logprobs cannot be streamed", "prompt_logprobs")
+    form, _ = response_form(request)
     given: dict[str, Any] = {
         name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None
     }
@@ -83,4 +101,10 @@ def _params(
         given["logit_bias"] = {int(key): bias for key, bias in request.logit_bias.items()}
     if request.stop is not None:
         given["stop"] = request.stop
-    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+    return SamplingParams(
+        **given,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        structured_output=form,
+    )

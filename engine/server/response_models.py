@@ -43,6 +43,17 @@ class CompletionLogprobs(BaseModel):
 FinishReasonName = Literal["stop", "length", "abort", "tool_calls"]
 
 
+class PromptLogprob(BaseModel):
+    """A token that the prompt has, or could have had, at a place."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = dict[str, PromptLogprob]
+
+
 class CompletionChoice(BaseModel):
     """One continuation."""
 
@@ -53,6 +64,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[PromptLogprobs | None] | None = None
 
 
 class Completion(BaseModel):
@@ -86,12 +98,27 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class CalledFunction(BaseModel):
+    """Which function, with which arguments, as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     """What the assistant says."""
 
     role: Literal["assistant"]
     content: str | None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -115,6 +142,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[PromptLogprobs | None] | None = None
 
 
 class Model(BaseModel):

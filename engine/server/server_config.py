@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
+from engine.tool_calls import FORMATS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,8 @@ class ServerConfig:
         request_timeout_s: Time for a request from its arrival to its last token; None is no limit.
         shutdown_timeout_s: Time for running requests to end after SIGTERM or Ctrl-C.
         max_body_mb: Most MiB of a request's body.
+        tool_call_parser: How the model writes calls of functions, one of
+            `engine.tool_calls.FORMATS`; None finds it out from the chat template.
         log_json: Log one JSON object a line.
 
     Raises:
@@ -33,6 +36,7 @@ class ServerConfig:
     request_timeout_s: float | None = None
     shutdown_timeout_s: float = 30.0
     max_body_mb: float = 16.0
+    tool_call_parser: str | None = None
     log_json: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +57,12 @@ class ServerConfig:
         )
         self._check(self.max_body_mb > 0, "max_body_mb", "above 0", self.max_body_mb)
         self._check(all(self.served_model_names), "served_model_name", "not empty", "an empty name")
+        self._check(
+            self.tool_call_parser is None or self.tool_call_parser in FORMATS,
+            "tool_call_parser",
+            f"one of {', '.join(FORMATS)}",
+            self.tool_call_parser,
+        )
         is_usable = all(key and key.isascii() and key.isprintable() for key in self.api_keys)
         # The key itself is a secret, so the message does not show it.
         self._check(is_usable, "api_key", "printable ASCII, not empty", "something else")

@@ -17,6 +17,7 @@ from engine.server.metrics import Metrics
 from engine.server.server_config import ServerConfig
 from engine.server.token_texts import TokenTexts
 from engine.server.wire import Ready
+from engine.tool_calls import ToolCallFormat, find_format
 
 MAX_SILENCE_S = 120.0
 """An engine that has requests but reports no step for so long counts as hung."""
@@ -49,6 +50,8 @@ class Service:
         self.started_s = time.time()
         self.is_draining = False
         self.model_names: tuple[str, ...] = config.served_model_names
+        self.tool_format: ToolCallFormat | None = None
+        """How the model writes calls of functions; None if it does not."""
         self._ready: Ready | None = None
         self._encoder: PromptEncoder | None = None
         self._texts: TokenTexts | None = None
@@ -65,6 +68,8 @@ class Service:
         """
         self._ready = ready
         self._encoder = encoder
+        template = getattr(encoder.tokenizer, "chat_template", None)
+        self.tool_format = find_format(template, self.config.tool_call_parser)
         self._texts = None if encoder.tokenizer is None else TokenTexts(encoder.tokenizer)
         self.model_names = self.config.served_model_names or (model_name,)
 

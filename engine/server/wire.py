@@ -107,14 +107,23 @@ class Finish(NamedTuple):
     metrics: RequestMetrics | None
 
 
+class Refusal(NamedTuple):
+    """A request that the engine did not take; `field` is to blame, if it is known."""
+
+    request_id: str
+    message: str
+    field: str | None
+
+
 class TokenDelta(NamedTuple):
-    """What a step added to a request."""
+    """What a step added to a request; `prompt_logprobs` comes with the first tokens, if at all."""
 
     request_id: str
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: Finish | None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class Gauges(NamedTuple):
@@ -135,6 +144,7 @@ class Report:
     gauges: Gauges
     deltas: list[TokenDelta] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
 
 
 def encode(message: Any) -> bytes:

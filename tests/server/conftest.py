@@ -27,8 +27,9 @@ def tiny_chat_folder(default_model_folder: Path, tmp_path_factory: pytest.TempPa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(default_model_folder / name, folder)
     config = json.loads((default_model_folder / "config.json").read_text())
-    changes = {"num_hidden_layers": 1, "max_position_embeddings": 512, "hidden_size": 192,
-               "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 1}  # fmt: skip
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    sizes = {"num_hidden_layers": 1, "hidden_size": 192, "intermediate_size": 256}
+    changes = {**heads, **sizes, "max_position_embeddings": 512}
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     return folder
 
@@ -48,11 +49,25 @@ def serve(tiny_chat_folder: Path, tmp_path: Path) -> Iterator[Serve]:
 
     def start(*arguments: object, **options) -> RunningServer:
         log = tmp_path / f"server-{len(servers)}.log"
-        model = ["--model", tiny_chat_folder, "--load-format", "dummy", "--dtype", "float32"]
-        small = ["--device", "cpu", "--device-kv-blocks", 256, "--threads", 1, "--port", 0]
-        servers.append(RunningServer(log, *model, *small, *arguments, **options))
+        servers.append(RunningServer(log, *tiny_options(tiny_chat_folder), *arguments, **options))
         return servers[-1]
 
     yield start
     for server in servers:
         server.__exit__()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(
+    tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """The tiny chat model, for tests that leave the server as it was."""
+    log = tmp_path_factory.mktemp("tiny-server") / "log"
+    with RunningServer(log, *tiny_options(tiny_chat_folder)) as server:
+        yield server
+
+
+def tiny_options(folder: Path) -> list[object]:
+    """Return the options by which the tiny chat model starts fast."""
+    model = ["--model", folder, "--load-format", "dummy", "--dtype", "float32"]
+    return [*model, "--device", "cpu", "--device-kv-blocks", 4096, "--threads", 1, "--port", 0]

@@ -71,9 +71,9 @@ class RunningServer:
             with error:
                 return error.code, _parsed(error)
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, *, authorization: str = "", **labels: str) -> float:
         """The value of a metric, summed over the labels that are not given."""
-        status, text = self.get("/metrics")
+        status, text = self.get("/metrics", authorization=authorization)
         assert status == 200
         found = []
         for line in text.splitlines():
