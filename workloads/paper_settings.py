@@ -83,7 +83,7 @@ SETTINGS = {
         folder=model_shape_folder("llama-3-8b"),
         device_kv_blocks=1650,
         host_kv_gb=32.0,
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=2048,
         max_model_len=8192,
         dataset=DatasetConfig(num_prompts=200),
         output_lens=(50, 100, 200, 300, 400),
