@@ -124,11 +124,13 @@ class Run:
         content = json.loads(path.read_text())
         for point in content["results"]:
             write_json(self._work / f"{point['file']}.json", point)
+            if point["label"] in SYSTEMS:  # predictions are made again: the simulator may be newer
+                self._points[point["file"]] = point
         for model, tables in content["options"]["tables"].items():
             write_json(self._tables(model), tables)
 
     def measure(self, setting: Setting) -> None:
-        """Measure and simulate a setting on every system."""
+        """Measure a setting on every system."""
         from workloads.drivers.in_process import InProcessSystem  # noqa: PLC0415 (CUDA)
 
         # The system with a host pool comes first: it measures the tables for both.
@@ -139,6 +141,9 @@ class Run:
                 tables=self._tables(setting.name) if name == "neo" else None,
             )
             self._sweep(setting, measured)
+
+    def simulate(self, setting: Setting) -> None:
+        """Simulate a setting on every system."""
         machines = {"machine": self._machine, "tables": str(self._tables(setting.name))}
         for kind, machine in machines.items():
             if kind == "tables" and not Path(machine).exists():
@@ -233,14 +238,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="no point is begun after that")
     parser.add_argument("--machine", default=MACHINE, help="name or file, as of neo bench")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument(
+        "--simulate-only", action="store_true", help="predict again what --resume holds"
+    )
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     run = Run(arguments.out, arguments.work, deadline, machine=arguments.machine)
     if arguments.resume is not None:
         run.restore(arguments.resume)
     for name in arguments.settings:
-        if run.is_complete:
+        if not arguments.simulate_only:
             run.measure(SETTINGS[name])
+        run.simulate(SETTINGS[name])
     run.print_table()
     if not run.is_complete:
         print(f"time is up: go on with --resume {arguments.out / NAME}.json")

@@ -35,6 +35,7 @@ def make_run(folder: Path, settings: dict[str, Setting], seconds: float = 600.0)
 def test_goes_on_where_it_stopped_and_compares(tmp_path: Path, settings, capsys) -> None:
     first = make_run(tmp_path, settings, seconds=0.0)
     first.measure(settings["tiny"])
+    first.simulate(settings["tiny"])
     assert not first.is_complete
     path = tmp_path / "out" / f"{NAME}.json"
     points = json.loads(path.read_text())["results"]
@@ -45,6 +46,7 @@ def test_goes_on_where_it_stopped_and_compares(tmp_path: Path, settings, capsys)
     second = make_run(elsewhere, settings)
     second.restore(path)
     second.measure(settings["tiny"])
+    second.simulate(settings["tiny"])
     assert second.is_complete
     points = json.loads((elsewhere / "out" / f"{NAME}.json").read_text())["results"]
     assert len(points) == 2 * 2 * 3
