@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 
 import openai
@@ -219,6 +220,100 @@ def test_token_ids_are_returned_when_asked_for(client, model) -> None:
     assert len(choice.prompt_token_ids) == 7
     streamed = list(client.completions.create(**options, extra_body=body, stream=True))
     assert [i for chunk in streamed for i in chunk.choices[0].token_ids] == choice.token_ids
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer"}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+
+
+def test_json_schema_forces_the_form_of_the_answer(client, model) -> None:
+    options = {"model": model, "messages": QUESTION, "max_tokens": 60, "temperature": 0}
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    answer = client.chat.completions.create(**options, response_format=schema)
+    city = json.loads(answer.choices[0].message.content)
+    assert set(city) == {"city", "people"}
+    assert isinstance(city["people"], int)
+    chunks = client.chat.completions.create(**options, response_format=schema, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content for chunk in chunks)
+    assert streamed == answer.choices[0].message.content
+    guided = client.chat.completions.create(**options, extra_body={"guided_json": CITY})
+    assert guided.choices[0].message.content == streamed
+    wanted = {"type": "json_object"}
+    anything = client.chat.completions.create(**options, response_format=wanted)
+    assert anything.choices[0].message.content.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("extra", "pattern"),
+    [
+        ({"guided_regex": "[0-9]{3}-[a-f]"}, "[0-9]{3}-[a-f]"),
+        ({"structured_outputs": {"regex": "x{3}y"}}, "xxxy"),
+        ({"guided_choice": ["red", "blue"]}, "red|blue"),
+        ({"guided_grammar": 'start: "a" b\nb: "c" | "d"'}, "a(c|d)"),
+    ],
+)
+def test_expressions_choices_and_grammars(client, model, extra, pattern) -> None:
+    completion = client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=20, temperature=0, extra_body=extra
+    )
+    assert re.fullmatch(pattern, completion.choices[0].text)
+    assert completion.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "words"),
+    [
+        ({"guided_regex": "((("}, "guided_regex", "cannot be used"),
+        ({"structured_outputs": {"grammar": "???"}}, "structured_outputs", "cannot be used"),
+        ({"guided_json": "{"}, "guided_json", "not JSON"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "one of them"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "one of"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "is missing"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "'json_object'"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "streamed"),
+    ],
+)
+def test_impossible_forms_are_400(client, model, extra, param, words) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model=model, prompt=PROMPT, extra_body=extra)
+    assert (raised.value.param, words in raised.value.message) == (param, True), raised.value
+
+
+def test_echo_scores_the_prompt(client, model) -> None:
+    options = {"model": model, "prompt": PROMPT, "temperature": 0, "logprobs": 1}
+    scored = client.completions.create(**options, max_tokens=0, echo=True)
+    logprobs = scored.choices[0].logprobs
+    assert scored.choices[0].text == "".join(logprobs.tokens) == PROMPT
+    assert logprobs.token_logprobs[0] is None
+    assert all(value < 0 for value in logprobs.token_logprobs[1:])
+    assert scored.usage.completion_tokens == 0
+    for stream in (False, True):
+        answer = client.completions.create(**options, max_tokens=2, echo=True, stream=stream)
+        pieces = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        values = [value for piece in pieces for value in piece.logprobs.token_logprobs]
+        assert values[:7] == logprobs.token_logprobs
+        assert len(values) == 9
+        assert "".join(piece.text for piece in pieces).startswith(PROMPT)
+
+
+def test_prompt_logprobs_as_vllm_gives_them(client, model) -> None:
+    scored = client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=0, echo=True, logprobs=1, temperature=0
+    )
+    body = {"prompt_logprobs": 2}
+    options = {"model": model, "max_tokens": 1, "extra_body": body}
+    first, *others = client.completions.create(prompt=PROMPT, **options).choices[0].prompt_logprobs
+    assert first is None
+    own = [next(iter(entry.values())) for entry in others]
+    assert [entry["logprob"] for entry in own] == scored.choices[0].logprobs.token_logprobs[1:]
+    assert "".join(entry["decoded_token"] for entry in own) == PROMPT.removeprefix("The")
+    assert all(2 <= len(entry) <= 3 for entry in others)
+    chat = client.chat.completions.create(messages=QUESTION, **options)
+    assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from tests.server.conftest import Serve, tiny_options
 from tests.server.running_server import RunningServer
 
-pytestmark = pytest.mark.ispc
+pytestmark = [pytest.mark.ispc, pytest.mark.slow]
 
 SHORT = {"prompt": "Hello", "max_tokens": 4}
 LONG = {"prompt": "Hello", "max_tokens": 450, "ignore_eos": True}
@@ -116,10 +116,13 @@ def test_what_does_not_end_in_time_is_cut_off_with_an_error(serve: Serve, how: s
         assert "cutting off requests" in server.log_text()
 
 
-def test_ctrl_c_of_an_idle_server_exits_as_every_command_does(serve: Serve) -> None:
-    with serve() as server:
-        assert server.stop(signal.SIGINT) == 130
-        assert server.log_text() == "neo: interrupted\n"
+def test_ctrl_c_while_loading_exits_as_every_command_does(serve: Serve) -> None:
+    port = free_port()
+    server = serve("--port", port)
+    server.url = f"http://127.0.0.1:{port}"
+    check_loading(server)
+    assert server.stop(signal.SIGINT) == 130
+    assert server.log_text().endswith("neo: interrupted\n")
 
 
 @pytest.fixture(scope="module")
