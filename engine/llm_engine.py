@@ -181,6 +181,7 @@ class LLMEngine:
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        /,
         **template_options: Any,
     ) -> list[int]:
         """Return the tokens of a conversation; see `PromptEncoder.chat_prompt`."""

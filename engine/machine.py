@@ -5,6 +5,7 @@ Facts only; `neo info` prints them and result files carry them.
 
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from engine.host_memory import available_host_bytes, cgroup_limit_bytes
 
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
 
@@ -46,6 +48,7 @@ class Machine:
         memlock_limit_bytes: Most memory that may be pinned; None is unlimited.
         transparent_hugepages: The kernel's setting.
         gpus: CUDA GPUs that torch sees.
+        gpu_driver: Version of NVIDIA's driver, None without one.
         cuda: CUDA version that torch was built for.
         cxx: C++ compiler.
         ispc: ISPC compiler on the PATH or in `$ISPC`.
@@ -61,6 +64,7 @@ class Machine:
     memlock_limit_bytes: int | None
     transparent_hugepages: str
     gpus: list[Gpu]
+    gpu_driver: str | None
     cuda: str | None
     cxx: str | None
     ispc: str | None
@@ -82,6 +86,7 @@ def find_machine() -> Machine:
         memlock_limit_bytes=None if memlock == resource.RLIM_INFINITY else memlock,
         transparent_hugepages=_transparent_hugepages(),
         gpus=_gpus(),
+        gpu_driver=_gpu_driver(),
         cuda=torch.version.cuda,
         cxx=shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
         ispc=os.environ.get("ISPC") or shutil.which("ispc"),
@@ -132,6 +137,15 @@ def _transparent_hugepages() -> str:
     except OSError:
         return "unknown"
     return text.partition("[")[2].partition("]")[0] or "unknown"
+
+
+def _gpu_driver() -> str | None:
+    try:
+        first_line = _DRIVER_FILE.read_text().partition("\n")[0]
+    except OSError:
+        return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", first_line)
+    return found[0] if found else None
 
 
 def _gpus() -> list[Gpu]:

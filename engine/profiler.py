@@ -1,8 +1,9 @@
 """Measures the cost model's tables on the engine that will use them, in seconds.
 
 Every point runs the very code that serves: the model's two halves of a layer, the backend's
-attention, the hand-over to the CPU, swaps. Times are wall times with the device idle before and
-after, so that launching counts where launching is what takes the time.
+attention, the hand-over to the CPU, swaps. Where the device works behind the host, it is kept busy
+until all is launched, so that times are the device's own, as in a CUDA graph; what launching takes
+the host is measured beside them.
 """
 
 import functools
@@ -20,11 +21,15 @@ from engine.cost_model.table import StepTables, Table, num_visible_pairs
 from engine.kv_blocks import BlockPool
 from engine.models import DecoderModel
 from engine.request import Request
-from engine.sampler import sample
+from engine.sampler import launch_sampling
 from engine.sampling_params import SamplingParams
 from engine.step_plan import ScheduledRequest, SubBatch
 
 REPEATS = 3
+HEAD_START_S = 0.0008
+"""For which the device is kept busy before a point, for each layer: more than launching takes."""
+_GPU_CLOCK_HZ = 2e9
+"""Roughly; no GPU is so much faster that its head start would be too short."""
 MAX_POINT_S = 2.0
 """A table grows no further once one run of a point takes this long; beyond, lines go on."""
 
@@ -72,6 +77,7 @@ class Profiler:
         on_progress("profiling decode attention on the device")
         gpu, gpu_row_s = self._decode_attention("gdec")
         fixed = self._fixed_step()
+        launch_s = self._launch_layer()
         if self._host_size is None:
             zero = Table([(0, 0.0)])
             return StepTables(
@@ -82,9 +88,11 @@ class Profiler:
                 swap=zero,
                 fixed_step=fixed,
                 gpu_attention_row_s=gpu_row_s,
+                launch_s=launch_s,
             )
         on_progress("profiling decode attention on the host")
         cpu, cpu_row_s = self._decode_attention("cdec")
+        handover_s, handover_launch_s = self._handover()
         return StepTables(
             linear=linear,
             prefill_attention=prefill,
@@ -94,28 +102,41 @@ class Profiler:
             fixed_step=fixed,
             gpu_attention_row_s=gpu_row_s,
             cpu_attention_row_s=cpu_row_s,
-            handover_s=self._handover(),
+            handover_s=handover_s,
+            launch_s=launch_s,
+            handover_launch_s=handover_launch_s,
         )
 
     def _linear(self) -> Table:
         """Time both halves of all layers, by rows."""
-        config, weights = self._model.config, self._model.weights
         points = []
         for num_rows in _powers(1, self._max_rows, start=(1, 8, 16)):
-            hidden = weights.embedding[:1].expand(num_rows, -1).clone()
-            attended = hidden.new_zeros(num_rows, config.num_q_heads * config.head_dim)
-
-            def run(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
-                residual: torch.Tensor | None = None
-                for layer in range(self._num_layers):
-                    _, residual = self._model.before_attention(layer, hidden, residual)
-                    hidden, residual = self._model.after_attention(layer, attended, residual)
-
-            seconds = self._time(run)
+            seconds = self._time(self._layers(num_rows))
             points.append((num_rows, seconds / self._num_layers))
             if seconds > MAX_POINT_S:
                 break
         return _rising(points)
+
+    def _layers(self, num_rows: int) -> Callable[[], None]:
+        """Return a run of all layers without attention."""
+        config, weights = self._model.config, self._model.weights
+        hidden = weights.embedding[:1].expand(num_rows, -1).clone()
+        attended = hidden.new_zeros(num_rows, config.num_q_heads * config.head_dim)
+
+        def run() -> None:
+            flow, residual = hidden, None
+            for layer in range(self._num_layers):
+                _, residual = self._model.before_attention(layer, flow, residual)
+                flow, residual = self._model.after_attention(layer, attended, residual)
+
+        return run
+
+    def _launch_layer(self) -> float:
+        """Return what launching a layer of a step takes that both prefills and decodes."""
+        decode = self._batch([_request(0, 1)], "gdec", 1)
+        prefill = self._batch([_request(0, 2)], "gprf", 2)
+        runs = (self._layers(1), lambda: self._attend(decode), lambda: self._attend(prefill))
+        return sum(self._launch(run) for run in runs)
 
     def _prefill_attention(self) -> Table:
         points = [(0.0, 0.0)]
@@ -150,20 +171,22 @@ class Profiler:
         batch = self._batch([_request(i, length) for i in range(num_seqs)], kind, 1)
         if kind == "gdec":
             return self._time(lambda: self._attend(batch)) / self._num_layers
-        times = [self._attend(batch) for _ in range(REPEATS + 1)][1:]
-        attention = [sum(t.attention_s) for t in times if t is not None]
+        times = [self._time_host(batch)[2] for _ in range(REPEATS + 1)][1:]
+        attention = [sum(t.attention_s) for t in times]
         return statistics.median(attention) / self._num_layers
 
-    def _handover(self) -> float:
-        """Return what a layer's round trip takes beside the CPU's attention itself."""
+    def _handover(self) -> tuple[float, float]:
+        """Return what a layer's hand-over takes the device beside CPU attention, and the host."""
         batch = self._batch([_request(0, 1)], "cdec", 1)
-        beside = []
+        beside, launches = [], []
         for _ in range(REPEATS + 1):
-            start = time.perf_counter()
-            times = self._attend(batch)
-            attention = 0.0 if times is None else sum(times.attention_s)
-            beside.append(time.perf_counter() - start - attention)
-        return max(0.0, statistics.median(beside[1:]) / self._num_layers)
+            device_s, launch_s, times = self._time_host(batch)
+            beside.append(device_s - sum(times.attention_s))
+            launches.append(launch_s)
+        handover_s = max(0.0, statistics.median(beside[1:]) / self._num_layers)
+        if not self._backend.runs_behind:
+            return handover_s, 0.0
+        return handover_s, statistics.median(launches[1:]) / self._num_layers
 
     def _swap(self) -> Table:
         assert self._host_size is not None, "swaps are measured where there is a host pool"
@@ -171,9 +194,13 @@ class Profiler:
         points = [(0.0, 0.0)]
         for num_blocks in _powers(1, most, start=(1,)):
             blocks = list(range(num_blocks))
-            seconds = self._time(functools.partial(self._backend.swap_out, blocks, blocks))
+            seconds = self._time(functools.partial(self._swap_out, blocks))
             points.append((num_blocks * self._device_size.block_size, seconds))
         return _rising(points)
+
+    def _swap_out(self, blocks: Sequence[int]) -> None:
+        self._backend.swap_out(blocks, blocks)
+        self._backend.join_copies()
 
     def _fixed_step(self) -> Table:
         points = []
@@ -188,7 +215,7 @@ class Profiler:
                 requests: Sequence[Request] = requests,
             ) -> None:
                 hidden = F.embedding(ids, self._model.weights.embedding)
-                sample(self._model.logits(hidden, hidden.clone(), rows), requests)
+                launch_sampling(self._model.logits(hidden, hidden.clone(), rows), requests)
 
             points.append((num_rows, self._time(run)))
         return _rising(points)
@@ -206,8 +233,8 @@ class Profiler:
             getattr(sub_batch, kind).append(share)
         return BatchBuilder(self._backend.device, device, host).build(sub_batch)
 
-    def _attend(self, batch: Batch) -> HostStepTimes | None:
-        """Run the attention of all layers, waiting for each."""
+    def _attend(self, batch: Batch) -> None:
+        """Run the attention of all layers; with host-resident decodes, `end_step` must follow."""
         shape = self._model.attention_shape(self._device_size.block_size)
         width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
         qkv = torch.zeros(batch.num_tokens, width, dtype=shape.dtype, device=self._backend.device)
@@ -215,21 +242,47 @@ class Profiler:
         for layer in range(self._num_layers):
             out = self._model.start_attention(0, layer, qkv)
             self._backend.finish_attention(0, layer, out)
-        self._synchronize()
-        return self._backend.end_step()
+
+    def _time_host(self, batch: Batch) -> tuple[float, float, HostStepTimes]:
+        """Return `_time_once` of a batch of host-resident decodes, and what the CPU did."""
+        device_s, launch_s = self._time_once(lambda: self._attend(batch))
+        times = self._backend.end_step()
+        assert times is not None, "the batch has host-resident decodes"
+        return device_s, launch_s, times
 
     def _time(self, run: Callable[[], object]) -> float:
-        """Return the median wall time of some runs after one that does not count."""
+        """Return the median time that the device takes for a run, after one that does not count."""
         seconds = []
         for _ in range(REPEATS + 1):
-            self._synchronize()
-            start = time.perf_counter()
-            run()
-            self._synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(self._time_once(run)[0])
             if seconds[0] > MAX_POINT_S:
                 return seconds[0]
         return statistics.median(seconds[1:])
+
+    def _time_once(self, run: Callable[[], object]) -> tuple[float, float]:
+        """Return what a run takes the device, and what launching it takes the host."""
+        self._synchronize()
+        self._keep_busy()
+        begin = self._backend.mark()
+        start = time.perf_counter()
+        run()
+        launch_s = time.perf_counter() - start
+        end = self._backend.mark()
+        self._synchronize()
+        return end.seconds_since(begin), launch_s
+
+    def _launch(self, run: Callable[[], object]) -> float:
+        """Return what launching a layer takes the host; 0 where calls compute at once."""
+        if not self._backend.runs_behind:
+            return 0.0
+        launches = [self._time_once(run)[1] for _ in range(REPEATS + 1)][1:]
+        return statistics.median(launches) / self._num_layers
+
+    def _keep_busy(self) -> None:
+        """Give the device something to do while the next point is launched."""
+        if self._backend.runs_behind:
+            cycles = HEAD_START_S * self._num_layers * _GPU_CLOCK_HZ
+            torch.cuda._sleep(int(cycles))
 
     def _synchronize(self) -> None:
         if self._backend.device.type == "cuda":

@@ -71,6 +71,7 @@ class PromptEncoder:
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        /,
         **template_options: Any,
     ) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
@@ -90,7 +91,8 @@ class PromptEncoder:
                 field="messages",
             )
         check_template_options(template_options)
-        options = {"add_generation_prompt": True, **template_options}
+        continues = bool(template_options.get("continue_final_message"))
+        options = {"add_generation_prompt": not continues, **template_options}
         conversation = template_messages(messages)
         try:
             text = self.tokenizer.apply_chat_template(

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from engine.errors import ConfigError
 from engine.runner import ModelRunner
+from engine.step_fields import step_fields
 from engine.step_in_flight import StepResult
 from engine.step_plan import StepPlan
 
@@ -44,27 +45,12 @@ class StepLog:
             runner: Whose pools are in use.
             error: Why it failed.
         """
+        now = time.time()
         line = {
             "step": self._num_steps,
-            "time_s": round(time.time(), 6),
-            "mode": plan.mode.value,
-            "reason": plan.reason,
-            "sub_batches": [
-                {
-                    "gdec": len(s.gdec),
-                    "gprf": sum(item.num_tokens for item in s.gprf),
-                    "cprf": sum(item.num_tokens for item in s.cprf),
-                    "cdec": len(s.cdec),
-                    "gdec_tokens": sum(item.end for item in s.gdec),
-                    "cdec_tokens": sum(item.end for item in s.cdec),
-                }
-                for s in plan.sub_batches
-            ],
-            "swapped_out": sum(len(swap.device_blocks) for swap in plan.swaps_out),
-            "swapped_in": sum(len(swap.device_blocks) for swap in plan.swaps_in),
-            "preempted": len(plan.preempted),
-            "predicted": asdict(plan.prediction) if plan.prediction else None,
-            "gpu_only": asdict(plan.gpu_only_prediction) if plan.gpu_only_prediction else None,
+            "time_s": round(now, 6),
+            "start_s": round(now - (result.step_s if result is not None else 0.0), 6),
+            **step_fields(plan),
             "measured": None if result is None else _measured(result),
             "device_blocks": runner.pool.num_used,
             "host_blocks": runner.host_pool.num_used if runner.host_pool else 0,

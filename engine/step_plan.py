@@ -89,10 +89,11 @@ class StepPrediction:
     """Predicted times of a step in seconds; a layer's parts are summed over all layers.
 
     `step_s` is the whole step; `linear_s`, `gpu_attention_s` and `cpu_attention_s` have one entry a
-    sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides, `prompt_copy_s` the
-    copying of `cprf` rows' K and V, which runs beside the layers, and `fixed_s` what a step costs
-    beside its layers. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill
-    tokens counted at what they cost (see `engine.scheduling.step_former`).
+    sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides. `prompt_copy_s` is the
+    copying of `cprf` rows' K and V and `launch_s` the host's launching, which both run beside the
+    layers; `fixed_s` is what a step costs beside its layers. `tokens_per_s` is what the scheduler
+    compares: decode tokens, with prefill tokens counted at what they cost (see
+    `engine.scheduling.step_former`).
     """
 
     step_s: float
@@ -105,6 +106,7 @@ class StepPrediction:
     exposed_cpu_s: float
     tokens_per_s: float
     prompt_copy_s: float = 0.0
+    launch_s: float = 0.0
     fixed_s: float = 0.0
 
 

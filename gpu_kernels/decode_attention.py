@@ -72,8 +72,9 @@ def decode_attention_kernel(
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     num_q_heads = tl.num_programs(0) * GROUP_SIZE
-    begin(USE_PDL)
+    # Metadata comes from the host, before any kernel of the step.
     seq_len = tl.load(seq_lens_ptr + seq)
+    begin(USE_PDL)
     tiles_per_split = tl.cdiv(tl.cdiv(seq_len, TILE_N), num_splits)
     start = split * tiles_per_split * TILE_N
     end = tl.minimum(start + tiles_per_split * TILE_N, seq_len)

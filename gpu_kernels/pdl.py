@@ -19,6 +19,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _LEAST_CAPABILITY = (9, 0)
+ELEMENTS_OF_A_LINE: tl.constexpr = tl.constexpr(64)
+"""16-bit elements of a line of the L2 cache, 128 bytes."""
 
 
 @triton.jit
@@ -27,6 +29,32 @@ def begin(USE_PDL: tl.constexpr):
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
+
+
+@triton.jit
+def prefetch_rows(
+    ptr,
+    stride_row,
+    NUM_ROWS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Asks for rows of 16-bit elements to be brought into the L2 cache; only before `begin`.
+
+    Memory would otherwise be idle while this kernel waits for the one before it.
+    """
+    if USE_PDL and NUM_COLUMNS > 0:
+        offs_row = tl.arange(0, NUM_ROWS)
+        offs_line = tl.arange(0, NUM_COLUMNS // ELEMENTS_OF_A_LINE) * ELEMENTS_OF_A_LINE
+        ptrs = ptr + offs_row[:, None].to(tl.int64) * stride_row + offs_line[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ptrs],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @cache

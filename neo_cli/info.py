@@ -48,6 +48,7 @@ def _rows(machine: "Machine", facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("transparent hugepages", machine.transparent_hugepages),
         *[("GPU", _gpu(gpu)) for gpu in machine.gpus],
         *([] if machine.gpus else [("GPU", "none that torch can use")]),
+        *([("GPU driver", machine.gpu_driver)] if machine.gpu_driver else []),
         ("device", f"{facts['device']} (what --device auto takes)"),
         ("Python", machine.python),
         ("packages", ", ".join(f"{k} {v or 'missing'}" for k, v in machine.packages.items())),

@@ -9,10 +9,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from engine.errors import NeoError
+from neo_cli.bench import bench
 from neo_cli.build_kernels import build_kernels
 from neo_cli.generate import generate
 from neo_cli.info import info
 from neo_cli.options import INTERRUPTED
+from neo_cli.plot import plot
 from neo_cli.profile import profile
 from neo_cli.serve import serve
 
@@ -46,9 +48,11 @@ def _options(
     """Serve large language models when GPU memory is the bottleneck."""
 
 
+app.command("bench")(bench)
 app.command("build-kernels")(build_kernels)
 app.command("generate")(generate)
 app.command("info")(info)
+app.command("plot")(plot)
 app.command("profile")(profile)
 app.command("serve")(serve)
 

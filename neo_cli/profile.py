@@ -94,7 +94,13 @@ def _print_tables(model: "TableCostModel") -> None:
     for name, unit in units.items():
         points = ", ".join(f"{x:g}: {y * 1e6:.4g}" for x, y in content["tables"][name])
         table.add_row(name.replace("_", " "), unit, points)
-    for name in ("gpu_attention_row_s", "cpu_attention_row_s", "handover_s"):
+    for name in (
+        "gpu_attention_row_s",
+        "cpu_attention_row_s",
+        "handover_s",
+        "launch_s",
+        "handover_launch_s",
+    ):
         value = content["tables"][name] * 1e6
         table.add_row(name.removesuffix("_s").replace("_", " "), "one layer", f"{value:.4g}")
     Console(soft_wrap=False).print(table)

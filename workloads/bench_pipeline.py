@@ -30,7 +30,7 @@ from workloads.synthetic import synthetic_workload
 
 KERNEL_NAMES = (
     ("gpu_attention", ("decode_attention", "merge_splits", "prefill_attention")),
-    ("gpu_linear", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas")),
+    ("gpu_linear", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas", "skinny")),
 )
 HOST_ROWS = (0, 1, 8, 16, 32, 64)
 REPEATS = 7
@@ -155,6 +155,8 @@ def run(model: str, device_kv_blocks: int, host_kv_gb: float, context_len: int) 
         "gpu_attention_us": [(x, y * 1e6) for x, y in tables.gpu_attention.points],
         "swap_us": [(x, y * 1e6) for x, y in tables.swap.points],
         "handover_us": tables.handover_s * 1e6,
+        "launch_us": tables.launch_s * 1e6,
+        "handover_launch_us": tables.handover_launch_s * 1e6,
         "steps": rows,
     }
 
@@ -223,23 +225,28 @@ def main() -> None:
     parser.add_argument("--device-kv-blocks", type=int, default=1650)
     parser.add_argument("--host-kv-gb", type=float, default=12.0)
     parser.add_argument("--context-len", type=int, default=1088)
+    parser.add_argument("--steps-only", action="store_true", help="leave out whole runs")
     options = vars(parser.parse_args())
-    out = options.pop("out")
+    out, steps_only = options.pop("out"), options.pop("steps_only")
     if not torch.cuda.is_available():
         raise SystemExit("bench-pipeline: torch sees no CUDA GPU on this machine")
     results = run(**options)
     blocks, host_gb = options["device_kv_blocks"], options["host_kv_gb"]
-    results["throughput"] = [
-        *throughput("llama-3-8b", blocks, host_gb, 100, (1000, 100)),
-        *throughput("llama-2-7b", 54, host_gb, 100, (372, 45)),
-    ]
+    if not steps_only:
+        results["throughput"] = [
+            *throughput("llama-3-8b", blocks, host_gb, 100, (1000, 100)),
+            *throughput("llama-2-7b", 54, host_gb, 100, (372, 45)),
+        ]
     path = write_result(out, "bench-pipeline", results, options)
     print_rows("decode steps, median of 7", results["steps"])
-    print_rows("throughput", results["throughput"])
+    if not steps_only:
+        print_rows("throughput", results["throughput"])
     for name in (
         "start_up_s",
         "profile_s",
         "handover_us",
+        "launch_us",
+        "handover_launch_us",
         "linear_us",
         "cpu_attention_us",
         "swap_us",

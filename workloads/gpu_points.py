@@ -52,7 +52,11 @@ def prefill_tokens_per_s(engine: LLMEngine, num_seqs: int, prompt_len: int, repe
     rates = []
     for repeat in range(repeats):
         requests = [
-            WorkloadRequest((r.prompt_token_ids * 2)[:prompt_len], 1)
+            WorkloadRequest(
+                num_prompt_tokens=prompt_len,
+                num_output_tokens=1,
+                prompt=(r.prompt_token_ids * 2)[:prompt_len],
+            )
             for r in synthetic_workload(num_seqs, prompt_len, 1, _vocab_size(engine), seed=repeat)
         ]
         rates.append(num_seqs * prompt_len / run_to_end(engine, requests))

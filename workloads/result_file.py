@@ -13,7 +13,7 @@ from engine.machine import find_machine
 
 
 def write_result(folder: Path, name: str, results: Any, options: dict[str, Any]) -> Path:
-    """Write one result file, whole or not at all.
+    """Write one result file under the key `results`, whole or not at all.
 
     Args:
         folder: Created if needed.
@@ -24,22 +24,35 @@ def write_result(folder: Path, name: str, results: Any, options: dict[str, Any])
     Returns:
         The file's path.
     """
-    content = {
-        "name": name,
+    content = {"name": name, **circumstances(options), "results": results}
+    return write_json(folder / f"{name}.json", content)
+
+
+def circumstances(options: dict[str, Any], *, simulated: bool = False) -> dict[str, Any]:
+    """Return what every result file says beside its figures."""
+    return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _commit(),
-        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
+        "command": _command(),
         "options": options,
         "machine": asdict(find_machine()),
-        "simulated": False,
-        "results": results,
+        "simulated": simulated,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write a file, whole or not at all; its folder is made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(path)
     return path
+
+
+def _command() -> str:
+    module = _module_name()
+    start = "neo" if module in ("neo", "neo_cli.main") else f"python -m {module}"
+    return " ".join([start, *sys.argv[1:]])
 
 
 def _module_name() -> str:

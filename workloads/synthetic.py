@@ -1,18 +1,9 @@
-"""Synthetic workloads: random tokens, lengths uniform around a mean (the NEO paper, figure 10a)."""
+"""Synthetic workloads as token ids, for the benchmarks that drive the engine by hand."""
 
-import random
-from dataclasses import dataclass
+from workloads.datasets import DatasetConfig, PromptMaker, load_workload
+from workloads.request import WorkloadRequest
 
-SPREAD = 0.1
-"""Lengths are uniform in [(1 - SPREAD) * mean, (1 + SPREAD) * mean]."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkloadRequest:
-    """One request: its prompt's tokens and how many it generates."""
-
-    prompt_token_ids: list[int]
-    num_output_tokens: int
+__all__ = ["WorkloadRequest", "synthetic_workload"]
 
 
 def synthetic_workload(
@@ -27,15 +18,7 @@ def synthetic_workload(
         vocab_size: Prompt tokens are drawn from all but the first few, which are often special.
         seed: The same seed gives the same requests.
     """
-    rng = random.Random(seed)
-
-    def around(mean: int) -> int:
-        return rng.randint(round((1 - SPREAD) * mean), round((1 + SPREAD) * mean))
-
-    return [
-        WorkloadRequest(
-            rng.choices(range(min(10, vocab_size - 1), vocab_size), k=around(input_len)),
-            around(output_len),
-        )
-        for _ in range(num_requests)
-    ]
+    config = DatasetConfig(
+        num_prompts=num_requests, input_len=input_len, output_len=output_len, seed=seed
+    )
+    return load_workload(config, PromptMaker(as_text=False, vocab_size=vocab_size)).requests

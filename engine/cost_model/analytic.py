@@ -33,6 +33,8 @@ class HardwareSpec:
         cpu_attention_efficiency: Of the CPU's attention, of the bandwidth (125 of 142 GB/s).
         layer_overhead_s: Norms, rotary embedding and activation of one layer.
         handover_s: Device time of one hand-over (7.5 µs, a spinning kernel in a CUDA graph).
+        launch_s: The host's time to launch one layer of a sub-batch kernel by kernel; 0: no matter.
+        handover_launch_s: What a hand-over adds to that.
         step_overhead_s: Scheduling, launching and sampling of one step.
         swap_latency_s: Of one copy that moves blocks.
 
@@ -52,6 +54,8 @@ class HardwareSpec:
     cpu_attention_efficiency: float = 0.88
     layer_overhead_s: float = 14e-6
     handover_s: float = 7.5e-6
+    launch_s: float = 0.0
+    handover_launch_s: float = 0.0
     step_overhead_s: float = 5e-4
     swap_latency_s: float = 5e-6
 
@@ -68,7 +72,7 @@ class HardwareSpec:
 
 
 def _may_be_zero(name: str) -> bool:
-    return name.endswith(("_latency_s", "_overhead_s", "handover_s"))
+    return name.endswith(("_latency_s", "_overhead_s", "handover_s", "launch_s"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +165,10 @@ class AnalyticCostModel:
     def handover_s(self) -> float:
         """As the hardware figures say."""
         return self.hardware.handover_s
+
+    def launch_s(self, num_handovers: int) -> float:
+        """As the hardware figures say."""
+        return self.hardware.launch_s + num_handovers * self.hardware.handover_launch_s
 
     def swap_s(self, num_tokens: int) -> float:
         """All layers' K and V over PCIe."""

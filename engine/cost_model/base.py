@@ -34,6 +34,15 @@ class CostModel(Protocol):
     def handover_s(self) -> float:
         """Return the device's own time for one layer's hand-over to the host and back."""
 
+    def launch_s(self, num_handovers: int) -> float:
+        """Return the host's time to launch one layer of one sub-batch, kernel by kernel.
+
+        The device cannot be faster than this, except in steps that are launched as one graph.
+
+        Args:
+            num_handovers: 1 if the sub-batch hands rows over to the host, else 0.
+        """
+
     def swap_s(self, num_tokens: int) -> float:
         """Return the time to move the K and V of tokens, all layers, in one direction."""
 

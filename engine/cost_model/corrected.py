@@ -89,6 +89,10 @@ class CorrectedCostModel:
         """Return the corrected time."""
         return self._factors["handover"] * self.inner.handover_s()
 
+    def launch_s(self, num_handovers: int) -> float:
+        """Return the time as it is: what it hides behind other parts is not known."""
+        return self.inner.launch_s(num_handovers)
+
     def swap_s(self, num_tokens: int) -> float:
         """Return the corrected time."""
         return self._factors["swap"] * self.inner.swap_s(num_tokens)

@@ -122,6 +122,17 @@ def _close(leads: list[float], before: list[float], period: float) -> bool:
     )
 
 
+def _is_graph(loads: Sequence[SubBatchLoad]) -> bool:
+    """Return whether only device-resident requests decode: such steps are launched as a whole."""
+    return sum(load.num_rows for load in loads) == sum(load.num_gdec for load in loads)
+
+
+def _launch_s(model: CostModel, loads: Sequence[SubBatchLoad]) -> float:
+    """Return the host's time to launch all layers."""
+    handovers = [int(load.num_cdec > 0) for load in loads if load.num_rows]
+    return model.num_layers * sum(model.launch_s(count) for count in handovers)
+
+
 def predict(
     model: CostModel,
     loads: Sequence[SubBatchLoad],
@@ -152,10 +163,11 @@ def predict(
         model.swap_s(sum(load.copy_out_tokens for load in loads)),
         model.swap_s(sum(load.copy_in_tokens for load in loads)),
     )
+    launch_s = 0.0 if _is_graph(loads) else _launch_s(model, loads)
     num_decodes = sum(load.num_decodes for load in loads)
     num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads)
     swap_s = model.swap_s(swap_tokens)
-    step_s = max(layers_s, copies_s) + swap_s + model.fixed_step_s(num_sampled)
+    step_s = max(layers_s, copies_s, launch_s) + swap_s + model.fixed_step_s(num_sampled)
     value = num_decodes + prefill_weight * sum(load.num_prefill_tokens for load in loads)
     n = model.num_layers
     return StepPrediction(
@@ -169,5 +181,6 @@ def predict(
         exposed_cpu_s=exposed_s,
         tokens_per_s=value / step_s if step_s > 0 else 0.0,
         prompt_copy_s=copies_s,
+        launch_s=launch_s,
         fixed_s=model.fixed_step_s(num_sampled),
     )

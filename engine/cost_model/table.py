@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,8 @@ class StepTables:
         gpu_attention_row_s: What each further request adds on the device.
         cpu_attention_row_s: What each further request adds on the host.
         handover_s: The device's own time for a hand-over to the host and back.
+        launch_s: The host's time to launch a layer of a sub-batch.
+        handover_launch_s: What a hand-over adds to that.
     """
 
     linear: Table
@@ -91,6 +93,8 @@ class StepTables:
     gpu_attention_row_s: float = 0.0
     cpu_attention_row_s: float = 0.0
     handover_s: float = 0.0
+    launch_s: float = 0.0
+    handover_launch_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
@@ -99,7 +103,13 @@ class StepTables:
                 raise ConfigError(f"{name} must be finite and at least 0, got {value}")
 
 
-_NUMBERS = ("gpu_attention_row_s", "cpu_attention_row_s", "handover_s")
+_NUMBERS = (
+    "gpu_attention_row_s",
+    "cpu_attention_row_s",
+    "handover_s",
+    "launch_s",
+    "handover_launch_s",
+)
 _TABLES = tuple(f.name for f in fields(StepTables) if f.name not in _NUMBERS)
 
 
@@ -150,6 +160,10 @@ class TableCostModel:
     def handover_s(self) -> float:
         """As measured."""
         return self.tables.handover_s
+
+    def launch_s(self, num_handovers: int) -> float:
+        """As measured."""
+        return self.tables.launch_s + num_handovers * self.tables.handover_launch_s
 
     def swap_s(self, num_tokens: int) -> float:
         """Look up tokens."""

@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`."""
 
+from dataclasses import replace
 from functools import partial
 
 from fastapi import APIRouter, Request
@@ -38,6 +39,8 @@ def chat_router(service: Service) -> APIRouter:
         )
         service.check_request(token_ids, params, params.max_tokens)
         head = answer_head(call, request, "chatcmpl", model, len(token_ids))
+        if tool_use is not None and tool_use.structured_output is not None:
+            head = replace(head, form_field="tools")
         service.metrics.request_n.observe(request.n or 1)
         choices = each_choice(params, request.n or 1)
         parsers = [] if tool_use is None else [tool_use.parser() for _ in choices]

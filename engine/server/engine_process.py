@@ -138,7 +138,7 @@ class EngineLoop:
             if self._is_stopping or self._channel.is_closed:
                 return
             for command, error in self._waiting.take_ready():
-                self._queue(command, error)
+                deltas += self._queue(command, error)
             if self._engine.has_unfinished_requests():
                 deltas += self._step()
             self._report(deltas)
@@ -162,9 +162,8 @@ class EngineLoop:
     def _handle(self, command: object) -> list[TokenDelta]:
         if isinstance(command, Add):
             if command.params.structured_output is None:
-                self._queue(command)
-            else:
-                self._waiting.add(command)
+                return self._queue(command)
+            self._waiting.add(command)
             return []
         if isinstance(command, Abort):
             return [delta for name in command.request_ids for delta in self._abort(name)]
@@ -172,7 +171,7 @@ class EngineLoop:
         self._is_stopping = True
         return []
 
-    def _queue(self, command: Add, error: BaseException | None = None) -> None:
+    def _queue(self, command: Add, error: BaseException | None = None) -> list[TokenDelta]:
         """Give a request to the engine, unless its grammar had an error."""
         request_id, token_ids, params = command
         try:
@@ -181,8 +180,12 @@ class EngineLoop:
             self._engine.add_request(request_id, token_ids, params)
         except RequestError as error:
             self._refusals.append(Refusal(request_id, str(error), error.field))
+        except Exception as error:
+            _logger.exception("a request could not be queued; the others go on")
+            return [self._lost(request_id, f"{type(error).__name__}: {error}")]
         else:
             self._num_sent[request_id] = 0
+        return []
 
     def _abort(self, request_id: str) -> list[TokenDelta]:
         if self._waiting.drop(request_id):
@@ -226,7 +229,7 @@ class EngineLoop:
 
     def _lost(self, request_id: str, message: str) -> TokenDelta:
         """Return the end of a request that the engine no longer knows, or never did."""
-        del self._num_sent[request_id]
+        self._num_sent.pop(request_id, None)
         return TokenDelta(request_id, "", [], None, Finish(FinishReason.ERROR.value, message, None))
 
     def _gauges(self) -> Gauges:

@@ -6,7 +6,8 @@ leaving a field out.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_STOP_STRINGS
 
@@ -157,6 +158,20 @@ class ChatMessage(_Model):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        """Say of images and the like what is wrong with them, not that they are no strings."""
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise PydanticCustomError(
+                    "text_only",
+                    "content of type {kind} is not supported; the model reads text only",
+                    {"kind": kind},
+                )
+        return content
 
 
 class ChatRequest(GenerationRequest):

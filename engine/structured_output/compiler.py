@@ -1,6 +1,7 @@
 """From what a caller asks for to a matcher over the model's vocabulary."""
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -20,6 +21,7 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 cannot fill its whole budget with blanks, as small ones do where nothing limits them."""
 
 _WORD_BITS = 32
+_EXCERPT = re.compile(r" *\d+ \| | *\^$")
 
 
 class GrammarCompiler:
@@ -64,9 +66,15 @@ class GrammarCompiler:
     def _compile(self, wanted: StructuredOutput) -> LLMatcher:
         if self._vocabulary is None:
             self._vocabulary = self._make_vocabulary()
-        matcher = LLMatcher(self._vocabulary, _grammar(wanted), log_level=0)
-        if matcher.is_error():
-            message = " ".join(matcher.get_error().split())[:MAX_ERROR_CHARACTERS]
+        try:
+            matcher = LLMatcher(self._vocabulary, _grammar(wanted), log_level=0)
+            message = matcher.get_error()
+        except Exception as error:  # of what it cannot even read, such as very deep schemas
+            message = str(error)
+        if message:
+            # Without the excerpt of the grammar, which may be none that the caller wrote.
+            lines = [line for line in message.splitlines() if not _EXCERPT.match(line)]
+            message = " ".join(" ".join(lines).split())[:MAX_ERROR_CHARACTERS]
             raise RequestError(f"{wanted.kind} cannot be used: {message}")
         return matcher
 
@@ -98,5 +106,6 @@ def _grammar(wanted: StructuredOutput) -> str:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
         options = " | ".join(json.dumps(option) for option in wanted.choice)
-        return LLMatcher.grammar_from_lark(f"start: {options}")
+        # As a terminal, so that thousands of them are one automaton and not as many rules.
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {options}")
     return LLMatcher.grammar_from_lark(wanted.grammar or "")

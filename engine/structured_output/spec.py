@@ -59,7 +59,7 @@ def _schema_text(schema: object) -> str:
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"json_schema is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RequestError(f"json_schema must be an object, got {text[:80]}")

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
@@ -91,11 +91,14 @@ MISTRAL = ToolCallFormat(
 FORMATS = {tool_format.name: tool_format for tool_format in (HERMES, LLAMA3_JSON, MISTRAL)}
 
 
-def find_format(template: str | None, override: str | None = None) -> ToolCallFormat | None:
+def find_format(
+    template: str | Mapping[str, str] | None, override: str | None = None
+) -> ToolCallFormat | None:
     """Return the way in which a model writes tool calls.
 
     Args:
-        template: Its chat template.
+        template: Its chat template, or several by name: transformers takes `tool_use` for chats
+            with tools.
         override: A name out of `FORMATS` that is taken whatever the template says.
 
     Returns:
@@ -110,6 +113,8 @@ def find_format(template: str | None, override: str | None = None) -> ToolCallFo
                 f"tool_call_parser must be one of {', '.join(FORMATS)}, got {override}"
             )
         return FORMATS[override]
+    if isinstance(template, Mapping):
+        template = template.get("tool_use")
     if template is None or "tools" not in template:
         return None
     if "[TOOL_CALLS]" in template:

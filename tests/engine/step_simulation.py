@@ -1,15 +1,13 @@
-"""Serves requests with the real scheduler in simulated time, by a cost model's predictions."""
+"""Machines and models for scheduler tests, and runs of the simulator on them."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from engine.cost_model import AnalyticCostModel, HardwareSpec, ModelSpec, load_of, predict
-from engine.kv_blocks import BlockPool
+from engine.cost_model import AnalyticCostModel, HardwareSpec, ModelSpec
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig, StepPlan
-from engine.step_plan import StepMode
+from engine.scheduling.scheduler import SchedulerConfig
+from workloads.request import WorkloadRequest
+from workloads.simulation.simulator import OnStep, Simulation, Simulator
 
 LLAMA2_7B = ModelSpec(
     num_layers=32,
@@ -61,23 +59,6 @@ def a10g(cpu_bandwidth_bytes_s: float) -> HardwareSpec:
     )
 
 
-@dataclass
-class Result:
-    """What a simulated run did."""
-
-    time_s: float = 0.0
-    num_steps: int = 0
-    num_finished: int = 0
-    modes: Counter[StepMode] = field(default_factory=Counter)
-    num_preemptions: int = 0
-    num_swaps: int = 0
-    plans: list[StepPlan] = field(default_factory=list)
-
-    @property
-    def requests_per_s(self) -> float:
-        return self.num_finished / self.time_s
-
-
 def make_request(name: str, num_prompt: int, max_tokens: int, **options: object) -> Request:
     return Request(
         request_id=name,
@@ -95,32 +76,22 @@ def simulate(
     *,
     device_tokens: int,
     host_tokens: int,
-    keep_plans: bool = False,
+    on_step: OnStep | None = None,
     **options: object,
-) -> Result:
+) -> Simulation:
     """Serve requests that all arrive at once; lengths are (prompt, output)."""
-    cost_model = AnalyticCostModel(hardware, model)
-    device, host = BlockPool(device_tokens // 16, 16), BlockPool(host_tokens // 16, 16)
-    scheduler = Scheduler(SchedulerConfig(**options), device, host, cost_model)
-    requests = [make_request(str(i), *pair) for i, pair in enumerate(lengths)]
-    for request in requests:
-        scheduler.add(request)
-    result = Result()
-    while any(True for _ in scheduler.requests()):
-        plan = scheduler.plan_step()
-        assert not plan.is_empty
-        result.num_steps += 1
-        result.modes[plan.mode] += 1
-        result.num_preemptions += len(plan.preempted)
-        result.num_swaps += len(plan.swaps_in) + len(plan.swaps_out)
-        swap_tokens = sum(s.request.num_computed_tokens for s in plan.swaps_in + plan.swaps_out)
-        loads = [load_of(cost_model, sub_batch) for sub_batch in plan.sub_batches]
-        result.time_s += predict(cost_model, loads, swap_tokens=swap_tokens).step_s
-        scheduler.complete_step(plan, [0] * len(plan.sampling))
-        if keep_plans:
-            result.plans.append(plan)
-    device.check_integrity()
-    host.check_integrity()
-    assert device.num_used == host.num_used == 0
-    result.num_finished = sum(request.is_finished for request in requests)
+    simulator = Simulator(
+        AnalyticCostModel(hardware, model),
+        SchedulerConfig(**options),
+        device_blocks=device_tokens // 16,
+        host_blocks=host_tokens // 16,
+    )
+    requests = [
+        WorkloadRequest(num_prompt_tokens=prompt, num_output_tokens=output)
+        for prompt, output in lengths
+    ]
+    result = simulator.run(requests, on_step=on_step)
+    for pool in (simulator.device_pool, simulator.host_pool):
+        pool.check_integrity()
+        assert pool.num_used == 0
     return result

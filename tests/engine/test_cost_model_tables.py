@@ -69,7 +69,7 @@ def broken(change) -> str:
         ("{", "cost table file is broken"),
         ("[]", "cost table file is broken"),
         ("{}", "broken .KeyError: 'version'"),
-        (broken(lambda c: c.update(version=0)), "has version 0, expected 1"),
+        (broken(lambda c: c.update(version=0)), "has version 0, expected 2"),
         (broken(lambda c: c["tables"].pop("swap")), "broken .KeyError: 'swap'"),
         (broken(lambda c: c["tables"].update(linear=[[2, 1], [1, 1]])), "must rise"),
         (broken(lambda c: c["tables"].update(linear=[[2]])), "broken"),

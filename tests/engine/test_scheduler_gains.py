@@ -8,7 +8,8 @@ import random
 import pytest
 
 from engine.step_plan import StepMode
-from tests.engine.step_simulation import H200, LLAMA2_7B, LLAMA3_8B, T4, Result, a10g, simulate
+from tests.engine.step_simulation import H200, LLAMA2_7B, LLAMA3_8B, T4, a10g, simulate
+from workloads.simulation.simulator import Simulation
 
 
 def summarize_like(num_requests: int) -> list[tuple[int, int]]:
@@ -31,7 +32,7 @@ def uniform(num_requests: int, num_prompt: int, num_output: int) -> list[tuple[i
     ]
 
 
-def gain(*args, **options) -> tuple[float, Result]:
+def gain(*args, **options) -> tuple[float, Simulation]:
     """Throughput of mode auto over that of mode gpu-only."""
     auto = simulate(*args, mode="auto", **options)
     gpu_only = simulate(*args, mode="gpu-only", **options)
@@ -101,16 +102,21 @@ def test_a_request_far_larger_than_the_device_runs_beside_others() -> None:
 
 def test_a_latency_limit_is_kept_where_it_can_be() -> None:
     """A T4 decodes in 60 ms at best; prompts of 372 tokens would add 120."""
+    slow = []
+
+    def check(plan, now, simulator) -> None:
+        if plan.prediction.step_s > 0.150:
+            slow.append(plan.num_decodes == 0 or plan.forced)
+
     auto = simulate(
         T4,
         LLAMA2_7B,
         summarize_like(60),
         device_tokens=864,
         host_tokens=100_000,
-        keep_plans=True,
+        on_step=check,
         mode="auto",
         tpot_limit_ms=150.0,
     )
-    slow = [plan for plan in auto.plans if plan.prediction.step_s > 0.150]
-    assert all(plan.num_decodes == 0 or plan.forced for plan in slow)
+    assert all(slow)
     assert auto.modes[StepMode.ASYMMETRIC] > 0

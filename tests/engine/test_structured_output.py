@@ -71,6 +71,13 @@ def allowed(matcher: GrammarMatcher) -> set[int]:
     return set(np.nonzero(np.unpackbits(mask, bitorder="little"))[0].tolist())
 
 
+def nested_schema(depth: int) -> dict[str, object]:
+    schema: dict[str, object] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -79,6 +86,7 @@ def allowed(matcher: GrammarMatcher) -> set[int]:
         ({"json_object": True, "json_schema": {}}, "got json_schema and json_object"),
         ({"json_schema": "{nope"}, "json_schema is not JSON"),
         ({"json_schema": {"a": {1, 2}}}, "json_schema is not JSON"),
+        ({"json_schema": '{"a":' * 9999 + "1" + "}" * 9999}, "json_schema is not JSON"),
         ({"json_schema": "[1]"}, r"json_schema must be an object, got \[1\]"),
         ({"json_schema": False}, "json_schema must be an object, got false"),
         ({"choice": "red"}, "choice must be a list of strings that are not empty, got 'red'"),
@@ -96,10 +104,11 @@ def test_wrong_forms_are_named(options, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"regex": "(a"}, "regex cannot be used: .*unclosed group"),
+        ({"regex": "(a"}, r"regex cannot be used: .*unclosed group$"),
         ({"grammar": "start: nothing"}, 'grammar cannot be used: .*unknown name: "nothing"'),
         ({"json_schema": {"type": "thing"}}, "json_schema cannot be used: .*thing"),
         ({"json_schema": {"enum": []}}, "json_schema cannot be used"),
+        ({"json_schema": nested_schema(300)}, "json_schema cannot be used: recursion limit"),
         ({"json_schema": {"x-guidance": {"nope": 7}}}, "json_schema cannot be used"),
         ({"json_schema": {"$ref": "#/nowhere"}}, "json_schema cannot be used"),
     ],
@@ -150,6 +159,16 @@ def _byte_alphabet() -> dict[int, str]:
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
     return letters | {byte: chr(256 + at) for at, byte in enumerate(others)}
+
+
+def test_thousands_of_choices(compiler, tokenizer) -> None:
+    choices = [f"code {number}" for number in range(5000)]
+    matcher = compiler.matcher(StructuredOutput(choice=choices))
+    for token_id in tokenizer.encode("code 4321"):
+        assert token_id in allowed(matcher)
+        matcher.accept(token_id)
+    assert matcher.error is None
+    assert matcher.is_finished
 
 
 def test_blanks_in_json_are_bounded(compiler, tokenizer) -> None:

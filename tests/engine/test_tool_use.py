@@ -42,6 +42,9 @@ QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
 def test_formats_are_found_by_their_templates() -> None:
     for name, template in TEMPLATES.items():
         assert find_format(template) is FORMATS[name]
+    several = {"default": chat_templates.WITHOUT_TOOLS, "tool_use": chat_templates.HERMES}
+    assert find_format(several) is FORMATS["hermes"]
+    assert find_format({"default": chat_templates.HERMES}) is None
     assert find_format(None) is None
     assert find_format(chat_templates.WITHOUT_TOOLS) is None
     assert find_format(chat_templates.HERMES + "<function=") is None
@@ -123,6 +126,7 @@ def test_templates_show_tools_and_earlier_calls(llm: LLM, name: str) -> None:
     call = {"id": "123456789", "type": "function",
             "function": {"name": "add", "arguments": '{"terms": [2, 3]}'}}  # fmt: skip
     conversation = [
+        {"role": "assistant", "content": "Hello.", "tool_calls": []},
         {"role": "user", "content": [{"type": "text", "text": "What is"}, "2 + 3?"]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "123456789", "content": "5"},
@@ -146,8 +150,14 @@ def test_options_reach_the_template_and_nothing_else(llm: LLM, name: str) -> Non
     assert text().endswith("assistant\n")
     assert text(hurry=True).endswith("assistant\nQuick: ")
     assert text(add_generation_prompt=False).endswith("3?<|im_end|>\n")
-    with pytest.raises(RequestError, match="must not hold 'chat_template'"):
-        text(chat_template="{{ 1 }}")
+    for reserved in ("chat_template", "tokenize", "tools"):
+        with pytest.raises(RequestError, match=f"must not hold '{reserved}'"):
+            text(**{reserved: "{{ 1 }}"})
+    with pytest.raises(RequestError, match="the chat template refuses"):
+        text(**{"self": 1})
+    begun = [*QUESTION, {"role": "assistant", "content": "2 + 3 is"}]
+    tokens = llm.engine.chat_prompt(begun, continue_final_message=True)
+    assert llm.engine.tokenizer.decode(tokens).endswith("assistant\n2 + 3 is")
 
 
 @pytest.mark.ispc

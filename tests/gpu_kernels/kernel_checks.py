@@ -275,12 +275,14 @@ def check_skinny_linear(
     device: str = "cuda",
 ) -> None:
     """Checks both kernels, twice: the second run finds the counters as the first left them."""
-    x = random_rows(num_rows, 1, k, dtype, device, seed=1)[:, 0]
+    # What plain torch loses is taken over 64 rows: over a single one it is luck.
+    all_x = random_rows(64, 1, k, dtype, device, seed=1)[:, 0]
+    x = all_x[:num_rows]
     weight = random_rows(n, 1, k, dtype, device, seed=2)[:, 0].contiguous() / k**0.5
     bias = random_rows(1, 1, n, dtype, device, seed=3)[0, 0].contiguous() if with_bias else None
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-    exact = oracle.linear(x.float(), weight, bias)
-    plain = oracle.linear(x, weight, bias)
+    exact = oracle.linear(all_x.float(), weight, bias)
+    plain = oracle.linear(all_x, weight, bias)
     outs = []
     for _ in range(2):
         out = poisoned(x[:, None, :1].expand(-1, 1, n))[:, 0]
@@ -291,4 +293,5 @@ def check_skinny_linear(
     assert torch.equal(*outs)
     gated = poisoned(x[:, None, :1].expand(-1, 1, n // 2))[:, 0]
     skinny_gated_linear(gated, x, weight, bias)
-    oracle.assert_close(gated, oracle.silu_and_mul(exact), oracle.silu_and_mul(plain))
+    exact, plain = oracle.silu_and_mul(exact), oracle.silu_and_mul(plain)
+    oracle.assert_close(gated, exact, plain)

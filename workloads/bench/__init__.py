@@ -1,0 +1,1 @@
+"""Sweeps: every system at every load, repeated, resumable, one result file a point."""
