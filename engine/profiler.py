@@ -194,9 +194,13 @@ class Profiler:
         points = [(0.0, 0.0)]
         for num_blocks in _powers(1, most, start=(1,)):
             blocks = list(range(num_blocks))
-            seconds = self._time(functools.partial(self._backend.swap_out, blocks, blocks))
+            seconds = self._time(functools.partial(self._swap_out, blocks))
             points.append((num_blocks * self._device_size.block_size, seconds))
         return _rising(points)
+
+    def _swap_out(self, blocks: Sequence[int]) -> None:
+        self._backend.swap_out(blocks, blocks)
+        self._backend.join_copies()
 
     def _fixed_step(self) -> Table:
         points = []

@@ -26,14 +26,11 @@ from engine.models import DecoderModel, FinalStates, load_weights, make_dummy_we
 from engine.models.weights import allocate_weights
 from engine.profiler import Profiler
 from engine.prompt_scoring import PromptScores, score_prompts
-from engine.request import Request
 from engine.sampler import PendingTokens, launch_sampling, sample
-from engine.sampling_params import SamplingParams
 from engine.step_in_flight import StepInFlight, StepResult
-from engine.step_plan import ScheduledRequest, StepPlan, SubBatch
+from engine.step_plan import StepPlan
 from engine.token_feedback import TokenFeedback
-
-_PROBE_VOCAB_ID = 0
+from engine.worst_step import make_worst_step
 
 
 class ModelRunner:
@@ -250,6 +247,7 @@ class ModelRunner:
     def _num_blocks(self, config: EngineConfig, shape: AttentionShape, max_model_len: int) -> int:
         if self.device.type == "cpu":
             return num_cpu_device_blocks(config, shape, max_model_len)
+        torch.cuda.reset_peak_memory_stats(self.device)  # of engines before this one
         self._run_worst_step(config, shape, max_model_len)
         # What is taken now, by anyone, plus what this process held in addition at its peak.
         peak = torch.cuda.max_memory_reserved(self.device)
@@ -279,21 +277,15 @@ class ModelRunner:
     ) -> None:
         """Run the largest step there can be, so that its memory can be measured."""
         limits = config.scheduler
-        num_tokens = min(limits.max_num_batched_tokens, self.model_config.rope.max_positions)
-        pool = BlockPool(-(-num_tokens // config.block_size), config.block_size)
-        request = Request(
-            request_id="worst-case",
-            prompt_token_ids=[_PROBE_VOCAB_ID] * num_tokens,
-            params=SamplingParams(top_p=0.5),
-            max_total_tokens=num_tokens,
+        pool, sub_batch = make_worst_step(
+            limits.max_num_batched_tokens, max_model_len, config.block_size
         )
-        pool.grow(request.request_id, num_tokens)
         self._backend.allocate_kv_cache(shape, pool.num_blocks)
-        sub_batch = SubBatch(gprf=[ScheduledRequest(request, 0, num_tokens)])
         batch = BatchBuilder(self.device, pool).build(sub_batch)
         self._backend.begin_step([batch])
         [logits] = self._model.forward([batch])
-        sample(logits.expand(limits.max_num_seqs, -1).clone(), [request] * limits.max_num_seqs)
+        requests = [sub_batch.gprf[0].request] * limits.max_num_seqs
+        sample(logits[:1].expand(limits.max_num_seqs, -1).clone(), requests)
         graphs = self._make_graphs(config, pool, max_model_len)
         if graphs is not None:
             graphs.capture_largest()

@@ -1,4 +1,7 @@
-"""Linear layers: NEO's kernels for a few rows where they are faster, cuBLAS for all others."""
+"""Linear layers: NEO's kernels for a few rows in CUDA graphs, cuBLAS for all others.
+
+Launched one by one, NEO's kernels cost more of the host's time than they save of the device's.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +21,11 @@ class LinearLayers:
 
     Args:
         device: The GPU.
+        always_own: Use NEO's kernels outside of graphs, too; to compile and to test them.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, always_own: bool = False) -> None:
+        self.always_own = always_own
         # Measured where blocks can start early (Hopper); elsewhere cuBLAS is as good a guess.
         self._has_skinny = bool(pdl_options(device)["USE_PDL"])
         self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
@@ -35,7 +40,7 @@ class LinearLayers:
             weight: [n, k], x's dtype, contiguous.
             bias: [n], x's dtype; None for none.
         """
-        if not (self._has_skinny and can_skinny_linear(x.shape[0], weight)):
+        if not self._takes(x.shape[0], weight):
             return F.linear(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.shape[0])
         skinny_linear(out, x, weight, bias, self._counters)
@@ -52,8 +57,15 @@ class LinearLayers:
             bias: [n], x's dtype; None for none.
         """
         out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-        if self._has_skinny and can_skinny_linear(x.shape[0], weight):
+        if self._takes(x.shape[0], weight):
             skinny_gated_linear(out, x, weight, bias)
         else:
             silu_and_mul(out, F.linear(x, weight, bias))
         return out
+
+    def _takes(self, num_rows: int, weight: torch.Tensor) -> bool:
+        return (
+            self._has_skinny
+            and can_skinny_linear(num_rows, weight)
+            and (self.always_own or torch.cuda.is_current_stream_capturing())
+        )

@@ -36,7 +36,7 @@ KERNELS: tuple[Any, ...] = (
     few_rows.skinny_linear_kernel,
     few_rows.skinny_gated_linear_kernel,
 )
-SKINNY_ROWS = (16, 32, 64)
+SKINNY_ROWS = (16, 32)
 """One for each tile height that linear layers of a few rows are compiled for."""
 
 
@@ -105,7 +105,7 @@ def precompile(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
 
 def run_linear_variants(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
     """Launches every variant of linear layers of a few rows; see `precompile`."""
-    layers = LinearLayers(device)
+    layers = LinearLayers(device, always_own=True)
     compiled = []
     sizes = [(n, k, bias, layers.linear) for n, k, bias in shape.linear_sizes()]
     gated = (2 * shape.intermediate_size, shape.hidden_size, shape.has_mlp_bias)

@@ -30,7 +30,7 @@ from workloads.synthetic import synthetic_workload
 
 KERNEL_NAMES = (
     ("gpu_attention", ("decode_attention", "merge_splits", "prefill_attention")),
-    ("gpu_linear", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas")),
+    ("gpu_linear", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas", "skinny")),
 )
 HOST_ROWS = (0, 1, 8, 16, 32, 64)
 REPEATS = 7

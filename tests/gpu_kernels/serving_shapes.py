@@ -65,7 +65,7 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
         sizes = (num_rows, 2 * shape.intermediate_size)
         gate_up = torch.zeros(sizes, dtype=shape.dtype, device=device)
         silu_and_mul(gate_up[:, : shape.intermediate_size].clone(), gate_up)
-        layers = LinearLayers(torch.device(device))
+        layers = LinearLayers(torch.device(device), always_own=True)
         for n, k, has_bias in shape.linear_sizes():
             weight = torch.zeros(n, k, dtype=shape.dtype, device=device)
             bias = weight[:, 0].clone() if has_bias else None

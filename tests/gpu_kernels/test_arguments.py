@@ -132,7 +132,7 @@ WRONG_VALUES = [
     ("silu", {"gate_up": zeros(N, 7)}, "width"),
     ("skinny", {"weight": zeros(64, 256)}, "x and weight"),
     ("skinny", {"weight": zeros(128, 64), "x": zeros(N, 64)}, "x and weight"),
-    ("skinny", {"x": zeros(65, 256), "out": zeros(65, 128)}, "x and weight"),
+    ("skinny", {"x": zeros(33, 256), "out": zeros(33, 128)}, "x and weight"),
     ("gated", {"weight": zeros(256, 128).t()}, "weight"),
 ]
 WRONG_SWAPS: list[tuple[str, torch.Tensor]] = [

@@ -76,7 +76,7 @@ def test_swap_refuses_pageable_memory(swap: Callable[..., None]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(128, 128), (384, 1024), (4096, 14336), (6144, 4096)])
 def test_linear_layers_of_a_few_rows(n: int, k: int, dtype: torch.dtype) -> None:
-    for num_rows in (1, 16, 17, 33, 64):
+    for num_rows in (1, 15, 16, 17, 32):
         check_skinny_linear(num_rows, n, k, with_bias=num_rows % 2 == 1, dtype=dtype)
 
 

@@ -16,7 +16,10 @@ ADD = {
         "description": "Adds numbers.",
         "parameters": {
             "type": "object",
-            "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"type": "boolean"}},
+            "properties": {
+                "a": {"type": "integer", "minimum": 0, "maximum": 99},
+                "b": {"type": "boolean"},
+            },
             "required": ["a", "b"],
             "additionalProperties": False,
         },
@@ -34,9 +37,9 @@ def client(tiny_server: RunningServer):
 
 
 def ask(client: openai.OpenAI, **options):
-    return client.chat.completions.create(
-        model=client.models.list().data[0].id, messages=MESSAGES, temperature=0, **options
-    )
+    model = client.models.list().data[0].id
+    options = {"messages": MESSAGES, "temperature": 0, **options}
+    return client.chat.completions.create(model=model, **options)
 
 
 def test_a_named_function_is_called_streamed_as_whole(client) -> None:
@@ -62,9 +65,7 @@ def test_a_conversation_goes_on_behind_a_call(client) -> None:
     call = ask(client, tools=[ADD], tool_choice="required", max_tokens=80).choices[0].message
     result = {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": "5"}
     conversation = [*MESSAGES, call.model_dump(exclude_none=True), result]
-    answer = client.chat.completions.create(
-        model="tiny", messages=conversation, tools=[ADD], max_tokens=4
-    )
+    answer = ask(client, messages=conversation, tools=[ADD], max_tokens=4)
     assert answer.usage.prompt_tokens > 40
 
 
