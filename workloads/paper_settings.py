@@ -31,7 +31,7 @@ from workloads.simulation import Hardware, SimulatedModel, load_hardware
 
 NAME = "paper-settings"
 SYSTEMS = {"gpu-only": "gpu-only", "neo": "auto"}
-PRESET = "h200-16cpu"
+MACHINE = "h200-16cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +100,7 @@ class Run:
         work: Holds a file a point, and the cost tables.
         deadline: On the clock of `time.monotonic`; no point is begun after it.
         settings: By name.
+        machine: The one that this is, among those to simulate.
     """
 
     def __init__(
@@ -108,8 +109,10 @@ class Run:
         work: Path,
         deadline: float,
         settings: Mapping[str, Setting] = SETTINGS,
+        machine: str = MACHINE,
     ) -> None:
         self._settings = settings
+        self._machine = machine
         self._out = out
         self._work = work
         self._deadline = deadline
@@ -136,9 +139,9 @@ class Run:
                 tables=self._tables(setting.name) if name == "neo" else None,
             )
             self._sweep(setting, measured)
-        machines = {"preset": PRESET, "tables": str(self._tables(setting.name))}
+        machines = {"machine": self._machine, "tables": str(self._tables(setting.name))}
         for kind, machine in machines.items():
-            if Path(machine).suffix and not Path(machine).exists():
+            if kind == "tables" and not Path(machine).exists():
                 continue
             hardware = load_hardware(machine)
             for name, mode in SYSTEMS.items():
@@ -182,9 +185,9 @@ class Run:
     def print_table(self) -> None:
         """Print measured beside predicted throughput."""
         table = Table(title="requests/s, measured and predicted", title_justify="left")
-        for name in ("setting", "system", "out", "measured", "vLLM 0.23.0"):
+        for name in ("setting", "system", "out", "measured", "vLLM 0.23.0, H200"):
             table.add_column(name)
-        for kind in ("preset", "tables"):
+        for kind in ("machine", "tables"):
             table.add_column(f"simulated from {kind}", justify="right")
         rates = {
             (p["setting"], p["label"], p["output_len"] or 0): p["request_throughput"]
@@ -196,7 +199,7 @@ class Run:
             cells = [setting, label, str(length or "own"), f"{rate:.2f}"]
             vllm = self._settings[setting].vllm.get(length)
             cells.append("" if vllm is None else f"{vllm:.2f}")
-            for kind in ("preset", "tables"):
+            for kind in ("machine", "tables"):
                 found = rates.get((setting, f"{label}, simulated from {kind}", length))
                 cells.append("" if found is None else f"{found:.2f} ({found / rate - 1:+.0%})")
             table.add_row(*cells)
@@ -228,10 +231,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-results/paper-settings"))
     parser.add_argument("--resume", type=Path, help="result file of an interrupted run")
     parser.add_argument("--minutes", type=float, default=7.0, help="no point is begun after that")
+    parser.add_argument("--machine", default=MACHINE, help="name or file, as of neo bench")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
-    run = Run(arguments.out, arguments.work, deadline)
+    run = Run(arguments.out, arguments.work, deadline, machine=arguments.machine)
     if arguments.resume is not None:
         run.restore(arguments.resume)
     for name in arguments.settings:

@@ -1,6 +1,7 @@
 """The engine in this process, on a model of one layer."""
 
 import itertools
+import weakref
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,10 @@ def test_failures_concurrency_and_times(system: InProcessSystem) -> None:
         assert after.start_s >= before.end_s
     assert all(len(r.token_times_s) == r.num_output_tokens == 3 for r in done)
     assert finished[-1] == 4
+
+
+def test_the_engine_is_gone_when_the_session_ends(system: InProcessSystem) -> None:
+    with system.session(lambda line: None) as session:
+        engine = weakref.ref(session._engine)
+        assert engine() is not None
+    assert engine() is None

@@ -3,7 +3,8 @@
 import pytest
 
 from engine.errors import ConfigError
-from workloads.metrics import MetricsConfig, compute_metrics, percentile_key
+from workloads.metrics import compute_metrics, percentile_key
+from workloads.metrics_config import MetricsConfig
 from workloads.records import RequestRecord, RunRecord
 
 

@@ -101,7 +101,7 @@ def test_every_machine_is_whole_and_says_where_its_figures_come_from(name: str) 
     assert kinds <= {"measured", "estimate", "published", "assumed"}
 
 
-def test_the_issues_machines_are_there() -> None:
+def test_common_machines_are_there() -> None:
     names = " ".join(hardware_names())
     for part in ("t4", "g5.2x", "g5.4x", "g5.8x", "g5.16x", "l4", "4090", "a100", "h100", "h200"):
         assert part in names

@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 from workloads.arrivals import ArrivalConfig
 from workloads.datasets import DatasetConfig
-from workloads.metrics import MetricsConfig
+from workloads.metrics_config import MetricsConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ class DatasetConfig:
 
     dataset_name: str = "synthetic"
     dataset_path: str | None = None
-    num_prompts: int = 1000
+    num_prompts: int = 200
     seed: int = 0
     input_len: int = 1000
     output_len: int | None = None

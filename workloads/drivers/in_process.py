@@ -64,18 +64,13 @@ class InProcessSystem:
     def session(self, on_progress: OnProgress) -> Iterator["InProcessSession"]:
         """Load the model; release everything at the end."""
         on_progress(f"loading {self.name}")
-        engine = LLMEngine(self.config, on_progress)
+        session = InProcessSession(self, LLMEngine(self.config, on_progress))
         try:
             if self.tables is not None:
-                self.tables.parent.mkdir(parents=True, exist_ok=True)
-                self.tables.write_text(load_or_profile(engine.runner, on_progress).to_json())
-            yield InProcessSession(self, engine)
+                session.write_tables(self.tables, on_progress)
+            yield session
         finally:
-            engine.close()
-            del engine
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            session.close()
 
 
 class InProcessSession:
@@ -90,6 +85,19 @@ class InProcessSession:
         self._system = system
         self._engine = engine
         self._num_runs = 0
+
+    def close(self) -> None:
+        """Give all memory back: the next engine may need it while somebody still holds this."""
+        self._engine.close()
+        del self._engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def write_tables(self, path: Path, on_progress: OnProgress) -> None:
+        """Write the engine's measured cost tables."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(load_or_profile(self._engine.runner, on_progress).to_json())
 
     @property
     def maker(self) -> PromptMaker | None:
