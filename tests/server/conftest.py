@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from tests.engine.chat_templates import HERMES
@@ -10,6 +11,12 @@ from tests.engine.tiny_models import make_tiny_model
 from tests.server.running_server import RunningServer
 
 Serve = Callable[..., RunningServer]
+
+PROMPT = "The three largest cities of France are"
+QUESTION = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +81,19 @@ def tiny_options(folder: Path) -> list[object]:
     """Return the options by which the tiny chat model starts fast."""
     model = ["--model", folder, "--load-format", "dummy", "--dtype", "float32"]
     return [*model, "--device", "cpu", "--device-kv-blocks", 4096, "--threads", 1, "--port", 0]
+
+
+@pytest.fixture(scope="session")
+def client(smollm2_server: RunningServer):
+    with openai.OpenAI(
+        base_url=f"{smollm2_server.url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def model(client: openai.OpenAI) -> str:
+    [model] = client.models.list().data
+    assert client.models.retrieve(model.id) == model
+    assert model.owned_by == "neo"
+    return model.id

@@ -205,58 +205,6 @@ def test_served_model_names(guarded: RunningServer) -> None:
     assert guarded.post("/v1/completions", {**SHORT, "model": "c"}, **KEY)[0] == 404
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (b"{", "JSON decode error"),
-        (b"[]", "valid dictionary"),
-        (b"", "Field required"),
-        (b'{"prompt": "\\ud800"}', "lone surrogate"),
-        (b'{"prompt": "x", "temperature": NaN}', "finite number"),
-        (b'{"prompt": "x", "max_tokens": 99999999999999999999}', "less than or equal to"),
-        (b'{"prompt": "x", "top_k": true}', "valid integer"),
-        (b'{"prompt": "x", "stream_options": {}}', "needs stream"),
-        (b"\xff\xfe", ""),
-    ],
-)
-def test_broken_bodies_are_400(tiny_server: RunningServer, body, words) -> None:
-    status, answer = tiny_server.post("/v1/completions", body)
-    assert status == 400, answer
-    assert words in answer["error"]["message"]
-    assert answer["error"]["type"] == "invalid_request_error"
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "words"),
-    [
-        ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0]", "'system'"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0]",
-            "text",
-        ),
-        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-    ],
-)
-def test_wrong_chats_are_400(tiny_server: RunningServer, change, param, words) -> None:
-    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, **change}
-    status, answer = tiny_server.post("/v1/chat/completions", chat)
-    assert (status, answer["error"]["param"]) == (400, param), answer
-    assert words in answer["error"]["message"]
-
-
-def test_unknown_paths_and_methods_have_openai_s_error_shape(tiny_server: RunningServer) -> None:
-    for call, status in (
-        (tiny_server.get("/nowhere"), 404),
-        (tiny_server.get("/v1/completions"), 405),
-        (tiny_server.get("/v1/models/unknown/name"), 404),
-    ):
-        assert call[0] == status
-        assert set(call[1]["error"]) == {"message", "type", "param", "code"}
-
-
 def test_the_end_of_the_engine_fails_requests_and_the_server(serve: Serve) -> None:
     with serve() as server, ThreadPoolExecutor() as pool:
         running = pool.submit(server.post, "/v1/completions", VERY_LONG)
