@@ -48,6 +48,8 @@ class ChatAnswer(Answer):
             role = {"role": "assistant", "content": ""}
             choices.append({"index": index, "delta": role, "logprobs": None, "finish_reason": None})
         parsed = self._parse(delta)
+        if self._is_silent(parsed, delta):
+            return choices
         news: dict[str, Any] = {}
         if parsed.content or not parsed.calls:
             news["content"] = parsed.content
@@ -62,6 +64,11 @@ class ChatAnswer(Answer):
         if self.head.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return [*choices, choice]
+
+    def _is_silent(self, parsed: Parsed, delta: ChoiceDelta) -> bool:
+        """Return whether a delta, read for calls, tells nothing yet."""
+        tells = parsed.content or parsed.calls or delta.finish or delta.logprobs is not None
+        return bool(self._parsers) and not tells and not self.head.return_token_ids
 
     def whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         """Return a finished message."""

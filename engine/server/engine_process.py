@@ -121,6 +121,7 @@ class EngineLoop:
         """Tokens sent so far, by unfinished request."""
         self._waiting = GrammarWaiting(engine.compile_grammar)
         self._refusals: list[Refusal] = []
+        self._told: Gauges | None = None
         self._num_failed_steps = 0
         self._is_stopping = False
 
@@ -151,10 +152,12 @@ class EngineLoop:
         return _GRAMMAR_POLL_S if self._waiting else None
 
     def _report(self, deltas: list[TokenDelta]) -> None:
+        """Tell what is new; nothing if there is nothing."""
+        steps, gauges = self._recorder.take(), self._gauges()
         refusals, self._refusals = self._refusals, []
-        self._channel.send(
-            Report(time.monotonic(), self._gauges(), deltas, self._recorder.take(), refusals)
-        )
+        if deltas or steps or refusals or gauges != self._told:
+            self._told = gauges
+            self._channel.send(Report(time.monotonic(), gauges, deltas, steps, refusals))
 
     def _handle(self, command: object) -> list[TokenDelta]:
         if isinstance(command, Add):

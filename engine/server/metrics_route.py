@@ -1,7 +1,7 @@
 """`GET /metrics`: for Prometheus."""
 
 from fastapi import APIRouter
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
@@ -14,6 +14,7 @@ def metrics_router(service: Service) -> APIRouter:
     router = APIRouter()
     registry = CollectorRegistry()
     registry.register(MetricsCollector(service))
+    ProcessCollector(registry=registry)
 
     @router.get(
         "/metrics",

@@ -1,41 +1,15 @@
 """The official client against a real server with a real model."""
 
-import asyncio
-import json
-import time
-
-import openai
 import pytest
 
 from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
-from tests.server.running_server import RunningServer
+from tests.server.conftest import PROMPT, QUESTION
 
 pytestmark = [pytest.mark.ispc, pytest.mark.slow]
 
-PROMPT = "The three largest cities of France are"
-QUESTION = [
-    {"role": "system", "content": "You are a helpful assistant."},
-    {"role": "user", "content": "What is the capital of France?"},
-]
 TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def client(smollm2_server: RunningServer):
-    with openai.OpenAI(
-        base_url=f"{smollm2_server.url}/v1", api_key="none", max_retries=0, timeout=120
-    ) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def model(client: openai.OpenAI) -> str:
-    [model] = client.models.list().data
-    assert client.models.retrieve(model.id) == model
-    assert model.owned_by == "neo"
-    return model.id
 
 
 @pytest.fixture(scope="module")
@@ -150,38 +124,6 @@ def test_stop_ends_the_text_before_the_stop_string(client, model, offline) -> No
     assert kept.choices[0].text == expected + stop
 
 
-def test_logprobs_of_completions(client, model) -> None:
-    options = {"model": model, "prompt": PROMPT, "max_tokens": 5, "temperature": 0, "logprobs": 3}
-    choice = client.completions.create(**options).choices[0]
-    logprobs = choice.logprobs
-    assert "".join(logprobs.tokens) == choice.text
-    assert logprobs.text_offset == [
-        sum(map(len, logprobs.tokens[:place])) for place in range(len(logprobs.tokens))
-    ]
-    for token, logprob, top in zip(
-        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
-    ):
-        assert len(top) == 3
-        assert max(top.values()) == top[token] == logprob < 0
-    streamed = list(client.completions.create(**options, stream=True))
-    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-        pieces = [getattr(chunk.choices[0].logprobs, name) for chunk in streamed]
-        assert [item for piece in pieces for item in piece] == getattr(logprobs, name), name
-
-
-def test_logprobs_of_chats_know_the_bytes_of_half_characters(client, model) -> None:
-    bias = {"logit_bias": {}, "temperature": 0}
-    messages = [{"role": "user", "content": "Repeat: 日本 🦊"}]
-    answer = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=24, logprobs=True, top_logprobs=2, **bias
-    )
-    choice = answer.choices[0]
-    assert all(len(item.top_logprobs) == 2 for item in choice.logprobs.content)
-    assert all(item.token == item.top_logprobs[0].token for item in choice.logprobs.content)
-    told = bytes(byte for item in choice.logprobs.content for byte in item.bytes)
-    assert told.decode(errors="ignore").startswith(choice.message.content.rstrip("\ufffd"))
-
-
 def test_penalties_bias_and_vllm_s_extras_reach_the_engine(client, model) -> None:
     options = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
 
@@ -219,114 +161,3 @@ def test_token_ids_are_returned_when_asked_for(client, model) -> None:
     assert len(choice.prompt_token_ids) == 7
     streamed = list(client.completions.create(**options, extra_body=body, stream=True))
     assert [i for chunk in streamed for i in chunk.choices[0].token_ids] == choice.token_ids
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "param", "words"),
-    [
-        ({"model": "gpt-4"}, 404, "model", "'gpt-4' is not served here"),
-        ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0"),
-        ({"max_tokens": 0}, 400, "max_tokens", "must be at least 1"),
-        ({"max_tokens": 5000}, 400, "max_tokens", "a context of 1024 it may be at most"),
-        ({"temperature": "hot"}, 400, "temperature", "valid number"),
-        ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
-        ({"top_p": 0}, 400, "top_p", "greater than 0"),
-        ({"n": 0}, 400, "n", "greater than or equal to 1"),
-        ({"best_of": 3}, 400, "best_of", "unless it equals n"),
-        ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "from 0 to 49151"),
-        ({"logit_bias": {"x": 1}}, 400, "logit_bias", "match pattern"),
-        ({"stop": ["a"] * 17}, 400, "stop", "at most 16"),
-        ({"prompt": [1, 99999]}, 400, "prompt", "from 0 to 49151"),
-        ({"prompt": ""}, 400, "prompt", "empty"),
-        ({"prompt": []}, 400, "prompt", "at least 1"),
-        ({"prompt": [5] * 1024}, 400, "prompt", "with a context of 1024"),
-        ({"suffix": "x"}, 400, "suffix", "not supported"),
-        ({"extra_body": {"min_tokens": 9, "max_tokens": 4}}, 400, "min_tokens", "between 0 and"),
-        ({"extra_body": {"use_beam_search": True}}, 400, "use_beam_search", "not supported"),
-    ],
-)
-def test_errors_name_the_field(client, model, change, status, param, words) -> None:
-    with pytest.raises(openai.APIStatusError) as raised:
-        client.completions.create(**{"model": model, "prompt": PROMPT, **change})
-    error = raised.value
-    assert error.status_code == status
-    assert (error.param, words in error.message) == (param, True), error.message
-    assert error.body["type"] == "invalid_request_error"
-
-
-def test_unknown_fields_and_nulls_are_tolerated(client, model) -> None:
-    body = {"some_new_field": {"a": 1}, "top_k": None, "stop": None, "temperature": None}
-    answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=1, extra_body=body)
-    assert answer.usage.completion_tokens == 1
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_blocks(client, model, smollm2_server, stream) -> None:
-    """The engine stops within a step, long before the tokens that were asked for."""
-    metric = smollm2_server.metric
-    generated = metric("neo:generation_tokens_total")
-    aborted = metric("neo:request_success_total", finished_reason="abort")
-
-    async def leave() -> None:
-        async with openai.AsyncOpenAI(base_url=f"{smollm2_server.url}/v1", api_key="x") as own:
-            options = {"model": model, "prompt": PROMPT, "max_tokens": 1000}
-            call = own.completions.create(**options, stream=stream, extra_body={"ignore_eos": True})
-            if stream:
-                async with await call as chunks:
-                    await anext(chunks)
-            else:
-                with pytest.raises(asyncio.TimeoutError):
-                    await asyncio.wait_for(call, 1.0)
-
-    asyncio.run(leave())
-    while metric("neo:request_success_total", finished_reason="abort") == aborted:
-        time.sleep(0.05)
-    assert metric("neo:num_requests_running") == metric("neo:kv_cache_usage_perc") == 0
-    assert metric("neo:generation_tokens_total") < generated + 500
-
-
-def test_metrics_have_vllm_s_names_and_add_up(client, model, smollm2_server) -> None:
-    before = smollm2_server.metric("neo:generation_tokens_total", model_name=model, engine="0")
-    client.completions.create(model=model, prompt=PROMPT, max_tokens=5, temperature=0)
-    metric = smollm2_server.metric
-    assert metric("neo:generation_tokens_total") == before + 5
-    finished = metric("neo:request_success_total")
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
-        assert metric(f"neo:{name}_count") >= 1
-        assert metric(f"neo:{name}_bucket", le="+Inf") == metric(f"neo:{name}_count")
-    assert metric("neo:e2e_request_latency_seconds_count") == finished
-    assert metric("neo:request_generation_tokens_sum") == metric("neo:generation_tokens_total")
-    assert metric("neo:steps_total", mode="gpu_only") > 0
-    assert metric("neo:http_responses_total", route="/v1/completions", status="200") > 0
-
-
-def test_the_dashboard_hears_of_every_step_once(client, model, smollm2_server) -> None:
-    _, state = smollm2_server.get("/dashboard/state")
-    last = state["steps"][-1]["number"]
-    client.completions.create(model=model, prompt=PROMPT, max_tokens=5, temperature=0)
-    _, state = smollm2_server.get(f"/dashboard/state?since={last}")
-    assert [step["number"] for step in state["steps"]] == list(range(last + 1, last + 6))
-    assert sum(rows["gprf"] for rows in state["steps"][0]["rows"]) == 7
-    assert all(rows["gdec"] == 1 for step in state["steps"][1:] for rows in step["rows"])
-    starts = [step["start_s"] for step in state["steps"]]
-    assert starts == sorted(starts)
-    assert all(step["duration_s"] > 0 for step in state["steps"])
-    assert state["gauges"]["num_device_used"] == 0
-    status, page = smollm2_server.get("/")
-    assert status == 200
-    assert "<title>NEO</title>" in page
-
-
-def test_the_answer_s_id_is_the_client_s_request_id(client, model, smollm2_server) -> None:
-    raw = client.completions.with_raw_response.create(
-        model=model, prompt=PROMPT, max_tokens=1, extra_headers={"X-Request-Id": "mine-1"}
-    )
-    assert raw.headers["x-request-id"] == "mine-1"
-    assert raw.parse().id == "cmpl-mine-1"
-    assert "request_id=mine-1" in smollm2_server.log_text()
-    assert PROMPT not in smollm2_server.log_text()
-    raw = client.completions.with_raw_response.create(
-        model=model, prompt=PROMPT, max_tokens=1, extra_headers={"X-Request-Id": "a b"}
-    )
-    assert len(raw.headers["x-request-id"]) == 32
-    assert json.loads(raw.text)["id"].endswith(raw.headers["x-request-id"])
