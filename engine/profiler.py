@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.backends import Backend, HostStepTimes
-from engine.batch import Batch, BatchBuilder
+from engine.batch import Batch
+from engine.batch_builder import BatchBuilder
 from engine.cost_model.table import StepTables, Table, num_visible_pairs
 from engine.kv_blocks import BlockPool
 from engine.models import DecoderModel

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.backends import AttentionShape, HostPoolSize, make_backend, resolve_device
-from engine.batch import Batch, BatchBuilder
+from engine.batch import Batch
+from engine.batch_builder import BatchBuilder
 from engine.checkpoint import Checkpoint
 from engine.config import DTYPES, EngineConfig
 from engine.cost_model.table import StepTables

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.backends import make_backend
-from engine.batch import BatchBuilder
+from engine.batch_builder import BatchBuilder
 from engine.checkpoint import open_checkpoint
 from engine.kv_blocks import BlockPool
 from engine.model_config import ModelConfig

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import BatchBuilder, PagedRows
+from engine.batch import PagedRows
+from engine.batch_builder import BatchBuilder
 from engine.kv_blocks import BlockPool
 from engine.request import Request
 from engine.sampling_params import SamplingParams

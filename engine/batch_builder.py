@@ -1,0 +1,239 @@
+"""From a step plan's sub-batch to tensors: tokens, positions, slots and block tables in one upload."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from engine.batch import (
+    Batch,
+    HostDecodeRows,
+    HostPrefillRows,
+    PagedRows,
+    ScoredRows,
+    StagedCopy,
+)
+from engine.kv_blocks import BlockPool
+from engine.request import Request
+from engine.step_plan import ScheduledRequest, SubBatch
+from engine.table_rows import TableRows
+from engine.token_feedback import NO_SOURCE
+from engine.upload import Ints, Upload
+
+
+class BatchBuilder:
+    """Turns sub-batches of step plans into batches.
+
+    Args:
+        device: Where batches go.
+        device_pool: Accounting of the device's blocks.
+        host_pool: Accounting of the host's blocks; None if there are none.
+    """
+
+    def __init__(
+        self, device: torch.device, device_pool: BlockPool, host_pool: BlockPool | None = None
+    ) -> None:
+        self._device = device
+        self._device_pool = device_pool
+        self._device_tables = TableRows(device_pool)
+        self._host_tables = None if host_pool is None else TableRows(host_pool)
+
+    def build(self, sub_batch: SubBatch, source: Callable[[Request], int] | None = None) -> Batch:
+        """Return a sub-batch's tensors on the device.
+
+        Args:
+            sub_batch: What to compute.
+            source: Says where a request's pending token is; needed if there are such tokens.
+        """
+        items = sub_batch.scheduled
+        upload = Upload(self._device)
+        input_ids, sources = _input_ids(items), _sources(items, source)
+        first = upload.add(input_ids)
+        upload.add(np.concatenate([np.arange(item.start, item.end) for item in items]))
+        device_items = sub_batch.gdec + sub_batch.gprf
+        ends = np.cumsum([item.num_tokens for item in items])
+        upload.add(ends[np.asarray([item.samples for item in items])] - 1)
+        tables = [self._table(self._device_tables, item) for item in device_items]
+        device_rows = _RowsUpload(
+            upload, sub_batch.gdec, sub_batch.gprf, tables, self._device_pool.block_size
+        )
+        staged = _StagedUpload(upload, sub_batch.cprf, self._host_rows(sub_batch.cprf), self)
+        fed = None if sources is None else upload.add(sources)
+        sent = upload.send()
+        return Batch(
+            input_ids=sent[first],
+            positions=sent[first + 1],
+            logits_rows=sent[first + 2],
+            device_rows=device_rows.take(sent),
+            host_prefills=staged.take(sent) if sub_batch.cprf else None,
+            host_decodes=self._host_decodes(sub_batch.cdec) if sub_batch.cdec else None,
+            sources=None if fed is None else sent[fed],
+            scored=_scored_rows(items),
+        )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._device_pool.block_size
+
+    @property
+    def uses_staging(self) -> bool:
+        """Whether chunks that go to the host are attended to in staging blocks."""
+        return self._device.type == "cuda"
+
+    def _table(self, rows: TableRows, item: ScheduledRequest) -> Ints:
+        return rows.row(item.request.request_id, self._device_pool.blocks_for(item.end))
+
+    def _host_rows(self, items: Sequence[ScheduledRequest]) -> list[Ints]:
+        if not items:
+            return []
+        assert self._host_tables is not None, "host-resident requests need a host pool"
+        return [self._table(self._host_tables, item) for item in items]
+
+    def _host_decodes(self, items: Sequence[ScheduledRequest]) -> HostDecodeRows:
+        return HostDecodeRows(
+            block_tables=torch.from_numpy(_pad(self._host_rows(items))),
+            seq_lens=torch.tensor([item.end for item in items], dtype=torch.int32),
+        )
+
+
+class _RowsUpload:
+    """The arrays of `PagedRows` on their way."""
+
+    def __init__(
+        self,
+        upload: Upload,
+        decodes: Sequence[ScheduledRequest],
+        prefills: Sequence[ScheduledRequest],
+        tables: Sequence[Ints],
+        block_size: int,
+    ) -> None:
+        items = [*decodes, *prefills]
+        self._num_decodes = len(decodes)
+        self._query_lens = [item.num_tokens for item in items]
+        self._context_lens = [item.end for item in items]
+        slots = [_slots(item, table, block_size) for item, table in zip(items, tables, strict=True)]
+        self._first = upload.add(np.concatenate([*slots, np.empty(0, dtype=np.int64)]))
+        starts = np.cumsum([0, *(item.num_tokens for item in prefills)])
+        upload.add(starts.astype(np.int32))
+        upload.add(np.asarray(self._context_lens, dtype=np.int32))
+        upload.add(_pad(tables))
+
+    def take(self, sent: list[torch.Tensor]) -> PagedRows:
+        slots, starts, seq_lens, tables = sent[self._first : self._first + 4]
+        return PagedRows(
+            num_decodes=self._num_decodes,
+            slot_mapping=slots,
+            prefill_cu_seqlens_q=starts,
+            seq_lens=seq_lens,
+            block_tables=tables,
+            query_lens=self._query_lens,
+            context_lens=self._context_lens,
+        )
+
+
+class _StagedUpload:
+    """The arrays of `HostPrefillRows` on their way."""
+
+    def __init__(
+        self,
+        upload: Upload,
+        items: Sequence[ScheduledRequest],
+        host_tables: Sequence[Ints],
+        builder: BatchBuilder,
+    ) -> None:
+        if not items:
+            return
+        self._staging = builder.uses_staging
+        size = builder.block_size
+        tables, self._num_blocks = list(host_tables), 0
+        if self._staging:
+            tables = []
+            for host_table in host_tables:
+                tables.append(
+                    np.arange(self._num_blocks, self._num_blocks + len(host_table), dtype=np.int32)
+                )
+                self._num_blocks += len(host_table)
+        self._rows = _RowsUpload(upload, [], items, tables, size)
+        pairs = list(zip(items, tables, host_tables, strict=True))
+        prefix = [(a[: -(-i.start // size)], h[: -(-i.start // size)]) for i, a, h in pairs]
+        written = [(a[i.start // size :], h[i.start // size :]) for i, a, h in pairs]
+        self._first = upload.add(np.concatenate([a for a, _ in prefix]))
+        upload.add(np.concatenate([h for _, h in prefix]))
+        upload.add(np.concatenate([a for a, _ in written]))
+        upload.add(np.concatenate([h for _, h in written]))
+
+    def take(self, sent: list[torch.Tensor]) -> HostPrefillRows:
+        rows = self._rows.take(sent)
+        if not self._staging:
+            return HostPrefillRows(rows=rows)
+        ids = sent[self._first : self._first + 4]
+        prefix = StagedCopy(staging_ids=ids[0], host_ids=ids[1])
+        return HostPrefillRows(
+            rows=rows,
+            num_staging_blocks=self._num_blocks,
+            prefix=prefix if ids[0].numel() else None,
+            written=StagedCopy(staging_ids=ids[2], host_ids=ids[3]),
+        )
+
+
+def _input_ids(items: Sequence[ScheduledRequest]) -> Ints:
+    """Return all tokens; pending ones are `PENDING_TOKEN`."""
+    ids: list[int] = []
+    for item in items:
+        ids.extend(item.request.token_ids(item.start, item.end))
+    return np.asarray(ids, dtype=np.int64)
+
+
+def _sources(
+    items: Sequence[ScheduledRequest], source: Callable[[Request], int] | None
+) -> Ints | None:
+    """Return where each token comes from; None if all are known."""
+    ends = np.cumsum([item.num_tokens for item in items])
+    # Only the last token of a request can be pending, and only one that decodes has one.
+    pending = [
+        (end - 1, item.request)
+        for end, item in zip(ends, items, strict=True)
+        if item.request.num_pending_tokens and item.samples
+    ]
+    if not pending:
+        return None
+    assert source is not None, "pending tokens need a source"
+    sources = np.full(int(ends[-1]), NO_SOURCE, dtype=np.int64)
+    for place, request in pending:
+        sources[place] = source(request)
+    return sources
+
+
+def _scored_rows(items: Sequence[ScheduledRequest]) -> list[ScoredRows]:
+    scored, row = [], 0
+    for item in items:
+        first, num_scored = item.start + 1, item.num_scored
+        params = item.request.params
+        if num_scored and params.prompt_logprobs is not None:
+            scored.append(
+                ScoredRows(
+                    request_id=item.request.request_id,
+                    first_row=row,
+                    start=first,
+                    token_ids=item.request.token_ids(first, first + num_scored),
+                    num_top=params.prompt_logprobs,
+                )
+            )
+        row += item.num_tokens
+    return scored
+
+
+def _slots(item: ScheduledRequest, table: Ints, block_size: int) -> Ints:
+    positions = np.arange(item.start, item.end)
+    slots: Ints = table[positions // block_size].astype(np.int64) * block_size
+    return slots + positions % block_size
+
+
+def _pad(tables: Sequence[Ints]) -> Ints:
+    """Return tables of different lengths as one array, `[len(tables), longest]`, int32."""
+    width = max(map(len, tables), default=0)
+    padded = np.zeros((len(tables), width), dtype=np.int32)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded
