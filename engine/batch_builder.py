@@ -1,4 +1,4 @@
-"""From a step plan's sub-batch to tensors: tokens, positions, slots and block tables in one upload."""
+"""From a sub-batch of a step plan to tensors: tokens, positions, slots, tables in one upload."""
 
 from collections.abc import Callable, Sequence
 

@@ -3,7 +3,6 @@
 Both pools have the host layout here, because the processor that reads them is the CPU.
 """
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -14,22 +13,12 @@ from cpu_kernels.checks import host_kv_shapes
 from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
 from engine.backends.host_attention import HostAttention
+from engine.backends.marks import ClockMark
 from engine.batch import Batch, PagedRows
 from engine.errors import CapacityError, ConfigError
 from engine.host_memory import allocate_host_tensor
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
-
-
-class ClockMark:
-    """A moment."""
-
-    def __init__(self) -> None:
-        self._time_s = time.perf_counter()
-
-    def seconds_since(self, earlier: "ClockMark") -> float:
-        """Return the time between two moments."""
-        return self._time_s - earlier._time_s
 
 
 class CpuBackend:
@@ -71,7 +60,7 @@ class CpuBackend:
         """False: calls compute at once."""
         return False
 
-    def mark(self) -> "ClockMark":
+    def mark(self) -> ClockMark:
         """Mark this moment; see `Backend`."""
         return ClockMark()
 

@@ -10,6 +10,7 @@ from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, La
 from engine.backends.cuda_staging import Staging
 from engine.backends.cuda_swaps import Swaps
 from engine.backends.host_attention import HostAttention
+from engine.backends.marks import StreamMark
 from engine.batch import Batch, PagedRows
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
@@ -21,23 +22,6 @@ from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
 from gpu_kernels.tiles import decode_num_splits, num_multiprocessors
 from gpu_kernels.warmup import ModelShape, precompile
-
-
-class StreamMark:
-    """A point in the work of a GPU's current stream.
-
-    Args:
-        device: The GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record(torch.cuda.current_stream(device))
-
-    def seconds_since(self, earlier: "StreamMark") -> float:
-        """Return the time between two points that have been passed."""
-        milliseconds: float = earlier._event.elapsed_time(self._event)
-        return milliseconds / 1000
 
 
 class CudaBackend:
@@ -81,7 +65,7 @@ class CudaBackend:
         """Whether the host can go ahead; see `Backend`."""
         return True
 
-    def mark(self) -> "StreamMark":
+    def mark(self) -> StreamMark:
         """Mark the point after all work launched so far; see `Backend`."""
         return StreamMark(self.device)
 
