@@ -86,6 +86,8 @@ async def _answer_validation_error(call: Request, error: Exception) -> Response:
     # Every member of a union has its say; what concerns other fields is left for the next try.
     texts = [str(item["msg"]) for item in problems if _param(item["loc"]) == param]
     message = "; or: ".join(list(dict.fromkeys(texts))[:_MAX_SHOWN_PROBLEMS])
+    if param is None and "json" not in call.headers.get("content-type", ""):
+        message = "send the request as JSON, with the header Content-Type: application/json"
     return _answer(invalid_request(f"{param}: {message}" if param else message, param))
 
 

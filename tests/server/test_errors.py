@@ -48,6 +48,13 @@ def test_unknown_fields_and_nulls_are_tolerated(client, model) -> None:
     assert answer.usage.completion_tokens == 1
 
 
+def test_bodies_of_another_type_are_told_the_right_one(tiny_server: RunningServer) -> None:
+    header = {"content-type": "application/x-www-form-urlencoded"}
+    status, answer = tiny_server.post("/v1/completions", {"prompt": "x"}, **header)
+    assert status == 400
+    assert "Content-Type: application/json" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
