@@ -31,6 +31,7 @@ def chat_router(service: Service) -> APIRouter:
             request.tool_choice,
             parallel_tool_calls=request.parallel_tool_calls is not False,
         )
+        service.check_count(request.n or 1)
         params = chat_params(request)
         if tool_use is not None:
             params = tool_use.sampling_params(params)

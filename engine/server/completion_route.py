@@ -27,10 +27,11 @@ def completion_router(service: Service) -> APIRouter:
         """Continue one or several prompts."""
         model = service.check_model(request.model)
         params = completion_params(request)
+        n = request.n or 1
+        service.check_count(len(_listed(request)) * n)
         prompts = await service.run_encoding(partial(_encode, service, request))
         for token_ids in prompts:
             service.check_request(token_ids, params, request.max_tokens)
-        n = request.n or 1
         head = answer_head(
             call, request, "cmpl", model, sum(len(token_ids) for token_ids in prompts)
         )
@@ -41,7 +42,7 @@ def completion_router(service: Service) -> APIRouter:
             echoes = [text for text in texts for _ in range(n)]
         if request.echo and request.max_tokens == 0:
             head = replace(head, prompt_only=True)
-        service.metrics.request_n.observe(request.n or 1)
+        service.metrics.request_n.observe(n)
         answer = CompletionAnswer(head, repeated, echoes, service.texts)
         choices = each_choice(params, n) * len(prompts)
         return Answering(service, answer, lambda: service.generate(repeated, choices))

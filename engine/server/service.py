@@ -139,6 +139,18 @@ class Service:
             code="model_not_found",
         )
 
+    def check_count(self, num_choices: int) -> None:
+        """Check how many requests one call makes, before its prompts are encoded.
+
+        Raises:
+            ApiError: They could not even wait together.
+        """
+        most = self.config.max_queue + self.ready.max_num_seqs
+        if num_choices > most:
+            raise invalid_request(
+                f"prompts times n is {num_choices}; no more than {most} may run and wait here", "n"
+            )
+
     def check_request(
         self, token_ids: list[int], params: SamplingParams, max_tokens: int | None
     ) -> None:
@@ -177,11 +189,6 @@ class Service:
             ApiError: The queue is full, or the server no longer serves.
         """
         self.check_serving()
-        most = self.config.max_queue + self.ready.max_num_seqs
-        if len(prompts) > most:
-            raise invalid_request(
-                f"prompts times n is {len(prompts)}; no more than {most} may run and wait here", "n"
-            )
         gauges = self.engine.gauges
         # While the engine leaves nobody waiting, whoever comes may run, up to its limit.
         room = gauges.num_running if gauges.num_waiting else self.ready.max_num_seqs
