@@ -154,11 +154,8 @@ class DecodeGraphs:
         width = _LEAST_WIDTH
         while width * self._pool.block_size < longest:
             width *= 2
-        return GraphShape(
-            num_rows,
-            min(width, self._max_width),
-            self._backend.num_decode_splits(len(items), longest),
-        )
+        num_splits = self._backend.num_decode_splits(num_rows, longest)
+        return GraphShape(num_rows, min(width, self._max_width), num_splits)
 
     def _upload(self, shape: GraphShape, items: Sequence[ScheduledRequest]) -> None:
         fields = _Fields(shape.num_rows, shape.width)

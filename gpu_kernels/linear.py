@@ -13,6 +13,7 @@ from gpu_kernels.few_rows import (
     skinny_gated_linear,
     skinny_linear,
 )
+from gpu_kernels.tiles import gpu_class
 from gpu_kernels.pdl import pdl_options
 
 
@@ -26,8 +27,9 @@ class LinearLayers:
 
     def __init__(self, device: torch.device, *, always_own: bool = False) -> None:
         self.always_own = always_own
-        # Measured where blocks can start early (Hopper); elsewhere cuBLAS is as good a guess.
-        self._has_skinny = bool(pdl_options(device)["USE_PDL"])
+        # Tiles fit, and were measured, where blocks can start early and shared memory is large
+        # (Hopper); elsewhere cuBLAS is the better guess.
+        self._has_skinny = pdl_options(device)["USE_PDL"] and gpu_class(device) == "large"
         self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
 
     def linear(
