@@ -13,8 +13,8 @@ from gpu_kernels.few_rows import (
     skinny_gated_linear,
     skinny_linear,
 )
-from gpu_kernels.tiles import gpu_class
 from gpu_kernels.pdl import pdl_options
+from gpu_kernels.tiles import gpu_class
 
 
 class LinearLayers:

@@ -95,6 +95,8 @@ def serve(
     ),
     mode: opt.Mode = default(SchedulerConfig, "mode"),
     tpot_limit_ms: opt.TpotLimitMs = default(SchedulerConfig, "tpot_limit_ms"),
+    enforce_eager: opt.EnforceEager = default(EngineConfig, "enforce_eager"),
+    async_scheduling: opt.AsyncScheduling = default(EngineConfig, "async_scheduling"),
     log_steps: opt.LogSteps = default(EngineConfig, "log_steps"),
 ) -> int:
     """Serve a model with OpenAI's API.
@@ -121,6 +123,8 @@ def serve(
                 mode=mode,
                 tpot_limit_ms=tpot_limit_ms,
             ),
+            enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
             log_steps=log_steps,
         )
         server_config = ServerConfig(
