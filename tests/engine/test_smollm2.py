@@ -35,9 +35,10 @@ def prompts(default_model_folder: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(default_model_folder: Path, prompts) -> list[list[int]]:
+def together(default_model_folder: Path, prompts) -> list[list[int]]:
+    """All prompts in one batch."""
     with LLM(str(default_model_folder), dtype="float32") as llm:
-        return [llm.generate(prompt, PARAMS)[0].outputs[0].token_ids for prompt in prompts]
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS)]
 
 
 def assert_greedy(reference, prompt: list[int], output: list[int]) -> None:
@@ -49,13 +50,20 @@ def assert_greedy(reference, prompt: list[int], output: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_alone_equals_transformers(reference, prompts, alone) -> None:
-    for prompt, output in zip(prompts, alone, strict=True):
+def test_equals_transformers(reference, prompts, together) -> None:
+    for prompt, output in zip(prompts, together, strict=True):
         assert len(output) == NUM_TOKENS
         assert_greedy(reference, prompt, output)
 
 
-def test_equals_transformers_own_generate(reference, prompts, alone) -> None:
+@pytest.mark.slow
+def test_alone_equals_together(default_model_folder, prompts, together) -> None:
+    with LLM(str(default_model_folder), dtype="float32") as llm:
+        for prompt, expected in list(zip(prompts, together, strict=True))[::4]:
+            assert llm.generate(prompt, PARAMS)[0].outputs[0].token_ids == expected
+
+
+def test_equals_transformers_own_generate(reference, prompts, together) -> None:
     """Up to the end-of-sequence token, where transformers stops and `ignore_eos` goes on."""
     eos = reference.generation_config.eos_token_id
     for index in (0, 2, 13):
@@ -66,7 +74,7 @@ def test_equals_transformers_own_generate(reference, prompts, alone) -> None:
             pad_token_id=eos,
         )
         expected = generated[0, len(prompts[index]) :].tolist()
-        assert alone[index][: len(expected)] == expected
+        assert together[index][: len(expected)] == expected
         assert len(expected) == NUM_TOKENS or expected[-1] == eos
 
 
@@ -74,7 +82,6 @@ def test_equals_transformers_own_generate(reference, prompts, alone) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, id="one-batch"),
         pytest.param({"max_num_seqs": 16, "max_num_batched_tokens": 31}, id="chunked"),
         pytest.param(
             {"admission_lookahead": False, "device_kv_blocks": 24, "block_size": 16}, id="preempted"
@@ -84,10 +91,10 @@ def test_equals_transformers_own_generate(reference, prompts, alone) -> None:
         ),
     ],
 )
-def test_batched_equals_alone(default_model_folder, prompts, alone, options) -> None:
+def test_limits_and_modes_change_nothing(default_model_folder, prompts, together, options) -> None:
     with LLM(str(default_model_folder), dtype="float32", **options) as llm:
         outputs = llm.generate(prompts, PARAMS)
-        assert [output.outputs[0].token_ids for output in outputs] == alone
+        assert [output.outputs[0].token_ids for output in outputs] == together
         if options.get("mode") == "asymmetric":
             assert llm.engine.stats.rows["cdec"] > 0
         elif "device_kv_blocks" in options:
