@@ -79,6 +79,9 @@ class LLMEngine:
             self._step_observers.append(self._step_log.write)
         self._streams: dict[str, OutputStream] = {}
         self._in_flight: StepInFlight | None = None
+        # What `step` has to tell of; an error in between does not lose it.
+        self._news: list[_News] = []
+        self._failed: list[RequestOutput] = []
         ahead = config.async_scheduling
         self._goes_ahead = self._runner.runs_behind if ahead is None else ahead
         self._rng = random.Random(config.seed)
@@ -193,7 +196,7 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Return whether there is anything left to do, if only to take in a step that runs."""
-        return bool(self._streams) or self._in_flight is not None
+        return bool(self._streams or self._failed) or self._in_flight is not None
 
     def has_request(self, request_id: str) -> bool:
         """Return whether there is such an unfinished request."""
@@ -208,25 +211,25 @@ class LLMEngine:
             finished with `error` and the message as `stop_reason`. Any other error goes on after
             the step's requests were aborted.
         """
-        outputs: list[RequestOutput] = []
-        news: list[_News] = []
         before = self._in_flight
         if before is not None and not before.lets_next_go_ahead:
             self._in_flight = None
-            outputs += self._collect(before, news)
+            self._collect(before)
             before = None
-        self._in_flight = self._launch_next(outputs)
+        self._in_flight = self._launch_next()
         if before is not None:
-            outputs += self._collect(before, news)
+            self._collect(before)
         elif self._in_flight is not None and not self._goes_ahead:
             launched, self._in_flight = self._in_flight, None
-            outputs += self._collect(launched, news)
+            self._collect(launched)
         # Last, because the device works meanwhile. A stop string that is found now may come after
         # one more token was begun; that one is dropped.
+        news, self._news = self._news, []
+        outputs, self._failed = self._failed, []
         streams = [(self._streams.get(request.request_id), entry) for request, entry in news]
         return outputs + [self._advance(stream, entry) for stream, entry in streams if stream]
 
-    def _launch_next(self, outputs: list[RequestOutput]) -> StepInFlight | None:
+    def _launch_next(self) -> StepInFlight | None:
         """Plan a step and give it to the device; None if there is nothing to do or it failed."""
         plan = self._scheduler.plan_step()
         if plan.is_empty:
@@ -236,7 +239,7 @@ class LLMEngine:
         try:
             launched = self._runner.launch(plan)
         except StepError as error:
-            outputs += self._fail_step(plan, str(error))
+            self._fail_step(plan, str(error))
             return None
         except BaseException:
             self._abandon(plan)
@@ -244,13 +247,14 @@ class LLMEngine:
         self._scheduler.begin_step(plan)
         return launched
 
-    def _collect(self, step: StepInFlight, news: list[_News]) -> list[RequestOutput]:
-        """Wait for a step and take its tokens; return outputs only if it failed."""
+    def _collect(self, step: StepInFlight) -> None:
+        """Wait for a step and take its tokens, to be told of when `step` returns."""
         plan = step.plan
         try:
             result = self._runner.finish(step)
         except StepError as error:
-            return self._fail_step(plan, str(error))
+            self._fail_step(plan, str(error))
+            return
         except BaseException:
             self._abandon(plan)
             raise
@@ -265,8 +269,7 @@ class LLMEngine:
             plan.sampling, result.sampled.logprobs, live, strict=True
         ):
             if is_live:
-                news.append((item.request, logprobs))
-        return []
+                self._news.append((item.request, logprobs))
 
     def _abandon(self, plan: StepPlan) -> None:
         """Give up a step after an error that is nobody's fault but ours, or an interruption."""
@@ -286,7 +289,7 @@ class LLMEngine:
         if plan.prediction is not None and not step.prompt_scores:  # no model of scoring's time
             self._cost_model.observe(plan.prediction, result.measurement)
 
-    def _fail_step(self, plan: StepPlan, message: str) -> list[RequestOutput]:
+    def _fail_step(self, plan: StepPlan, message: str) -> None:
         """End a failed step's requests with an error; the others and the engine go on."""
         self.stats.num_failed_steps += 1
         for observe in self._step_observers:
@@ -295,7 +298,7 @@ class LLMEngine:
         outputs = [
             self._end(request.request_id, FinishReason.ERROR, message) for request in plan.requests
         ]
-        return [output for output in outputs if output is not None]
+        self._failed += [output for output in outputs if output is not None]
 
     def _advance(self, stream: OutputStream, logprobs: TokenLogprobs | None) -> RequestOutput:
         """Turn a request's newest token into text, and end the request at a stop string."""

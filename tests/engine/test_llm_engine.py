@@ -212,6 +212,26 @@ def test_a_failing_step_fails_its_requests_and_the_engine_serves_on(
     assert len(complete(engine, PROMPTS[2], GREEDY).outputs[0].token_ids) == 12
 
 
+def test_a_failing_launch_loses_nothing_of_the_step_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(folder, async_scheduling=True)
+    # Its next token would need this one, so the step is taken in before the next is launched.
+    short = SamplingParams(temperature=0, max_tokens=1, repetition_penalty=1.2, ignore_eos=True)
+    engine.add_request("short", PROMPTS[0], short)
+    engine.add_request("long", PROMPTS[1], GREEDY)
+    assert engine.step() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "launch", lambda plan: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    finished = run(engine)
+    assert set(finished) == {"short"}
+    assert len(finished["short"].outputs[0].token_ids) == 1
+    assert_empty(engine)
+    engine.close()
+
+
 def test_a_failing_step_spares_requests_that_were_not_part_of_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
