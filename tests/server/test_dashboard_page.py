@@ -115,6 +115,10 @@ def test_the_timeline_is_read_with_keys_and_pointer(page: Page) -> None:
     expect(page.locator("#answer-note")).to_contain_text("ended by stop")
     timeline = page.get_by_role("slider", name="Steps")
     expect(page.locator("#no-steps")).to_be_hidden()
+    # The answer took more steps than this; on a slow machine the page hears of them later.
+    page.wait_for_function(
+        "slider => Number(slider.getAttribute('aria-valuenow')) >= 5", arg=timeline.element_handle()
+    )
     page.get_by_role("button", name="Pause").click()
     expect(page.get_by_role("button", name="Go on")).to_have_attribute("aria-pressed", "true")
     newest = int(timeline.get_attribute("aria-valuenow"))
