@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.backends.host_attention import HostAttention
+from engine.transfer import to_device
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 
 _LAYERS_AT_ONCE = 4
@@ -43,7 +44,8 @@ class Swaps:
         self._stream.wait_stream(torch.cuda.current_stream(self._k_cache.device))
         copy = swap_out_kv if to_host else swap_in_kv
         with torch.cuda.stream(self._stream):
-            ids, host_ids = self._ids(device_blocks), self._ids(host_blocks)
+            ids = to_device(device_blocks, torch.int32, self._k_cache.device)
+            host_ids = to_device(host_blocks, torch.int32, self._k_cache.device)
             for group, copied in zip(self._groups, self._copied, strict=True):
                 device = (self._k_cache[group], self._v_cache[group])
                 host = (self._host.k_pool[group], self._host.v_pool[group])
@@ -66,7 +68,3 @@ class Swaps:
         current = torch.cuda.current_stream(self._k_cache.device)
         current.wait_event(self._copied[group])
         self._num_open = len(self._groups) - 1 - group
-
-    def _ids(self, blocks: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor(blocks, dtype=torch.int32, pin_memory=True)
-        return ids.to(self._k_cache.device, non_blocking=True)
