@@ -50,6 +50,7 @@ def test_goes_on_where_it_stopped_and_compares(tmp_path: Path, settings, capsys)
     assert second.is_complete
     points = json.loads((elsewhere / "out" / f"{NAME}.json").read_text())["results"]
     assert len(points) == 2 * 2 * 3
+    assert str(settings["tiny"].folder) not in json.dumps([p for p in points if p["simulated"]])
     kept = {p["date"] for p in measured} & {p["date"] for p in points}
     assert kept == {p["date"] for p in measured}
     second.print_table()

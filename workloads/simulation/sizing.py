@@ -1,6 +1,7 @@
 """How large a model is, and how much KV a machine has room for beside it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.checkpoint import open_checkpoint
 from engine.cost_model import ModelSpec
@@ -37,7 +38,8 @@ class SimulatedModel:
         """
         shape = find_shape(model)
         checkpoint = open_checkpoint(shape or model, load_format="dummy")
-        return cls(model, ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config))
+        name = Path(model).name if Path(model).exists() else model  # the same wherever it lies
+        return cls(name, ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config))
 
     @property
     def spec(self) -> ModelSpec:
