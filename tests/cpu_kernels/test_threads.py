@@ -1,9 +1,11 @@
 """The pool: several callers, failing workers, closing, forking, leaving."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,14 @@ def run(attention: CpuAttention, case: Case) -> torch.Tensor:
     return out
 
 
-def num_attention_threads() -> int:
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    return sum(name.startswith("neo-attn") for name in names)
+def attention_threads() -> set[str]:
+    """Thread ids; one that was joined may stay in /proc for a moment."""
+    threads = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if (task / "comm").read_text().startswith("neo-attn"):
+                threads.add(task.name)
+    return threads
 
 
 @pytest.mark.parametrize("spin_us", [0, 20])
@@ -65,22 +72,25 @@ def test_worker_exception_reaches_the_caller_and_the_pool_lives_on(kernel_cache:
 
 
 def test_close_joins_the_threads(kernel_cache: Path) -> None:
-    before = num_attention_threads()
+    before = attention_threads()
     attention = CpuAttention(kernel_cache, 3)
     assert attention.num_threads == 3
-    assert num_attention_threads() == before + 2  # the caller is the third
+    assert len(attention_threads() - before) == 2  # the caller is the third
     attention.close()
     attention.close()
-    assert num_attention_threads() == before
+    deadline = time.monotonic() + 10
+    while attention_threads() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not attention_threads() - before
     with pytest.raises(ValueError, match=r"closed"):
         run(attention, make_case([5]))
 
 
 def test_single_thread_is_the_caller_alone(kernel_cache: Path) -> None:
-    before = num_attention_threads()
+    before = attention_threads()
     case = make_case([5, 1300])
     with CpuAttention(kernel_cache, 1) as alone, CpuAttention(kernel_cache, 4) as four:
-        assert num_attention_threads() == before + 3
+        assert len(attention_threads() - before) == 3
         assert torch.equal(run(alone, case), run(four, case))
 
 
