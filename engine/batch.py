@@ -1,13 +1,15 @@
 """One sub-batch as tensors: which tokens, at which positions, in which KV slots.
 
 Rows come in four groups, in this order: decodes and prefill chunks whose KV is on the device,
-prefill chunks whose KV goes to the host, decodes whose KV is on the host. A chunk that goes to the
+prefill chunks whose KV goes to the host, decodes whose KV is on the host. In overlap mode, rotating
+rows come behind them, others in each layer. A chunk that goes to the
 host is attended to in blocks that are addressed like a pool: on a CPU device these are the host
 pool's own; on a GPU they are staging blocks, which hold one layer of the request at a time.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -97,6 +99,49 @@ class HostDecodeRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RotatingRows:
+    """Host-resident decodes that are in the batch for one layer each; see `RotatingRow`.
+
+    N rows, in the order of the layers whose Q, K and V they get. The layers are cut into segments:
+    the CPU is handed all rows of a segment at once, and answers them at once.
+
+    Args:
+        bounds: `num_layers + 2` numbers: rows `bounds[i]` to `bounds[i + 1]` get Q, K and V of
+            layer `i`, and rejoined behind the attention of the layer before it. The last ones
+            behind the last layer's, and get a token; the first ones enter with theirs.
+        segments: Layers of each segment.
+        lanes: What the CPU attends to for each segment, in row order; None where there is nothing.
+            Block ids count through the layers: block `b` of layer `i` is `i * num_blocks + b`.
+        positions: `[N]`, int64, device.
+        slots: `[N]`, int64, device; where in `residuals` each row's residual stream is.
+        residuals: `[num_slots, H]`, device; kept from step to step.
+        answers: `[N]`, int64, device; of each row that rejoins, its place among those that its
+            segment handed over in the last overlap step.
+    """
+
+    bounds: Sequence[int]
+    segments: Sequence[range]
+    lanes: Sequence[HostDecodeRows | None]
+    positions: torch.Tensor
+    slots: torch.Tensor
+    residuals: torch.Tensor
+    answers: torch.Tensor
+
+    def departing(self, layer: int) -> slice:
+        """Return which rows get Q, K and V of a layer."""
+        return slice(self.bounds[layer], self.bounds[layer + 1])
+
+    def arriving(self, layer: int) -> slice:
+        """Return which rows rejoin behind a layer's attention."""
+        return self.departing(layer + 1)
+
+    @property
+    def most_at_once(self) -> int:
+        """Most rows that are in the batch together."""
+        return max(b - a for a, b in pairwise(self.bounds))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRows:
     """Rows of one request whose next tokens are known and are to be scored.
 
@@ -126,6 +171,9 @@ class Batch:
         device_rows: The first rows; may be empty.
         host_prefills: The next rows, if there are any.
         host_decodes: The last rows, if there are any.
+        rotating: Rows that come and go, if there are any; those that enter are the last tokens of
+            `input_ids`, and `logits_rows` counts those that rejoin behind the last layer as if they
+            followed all others.
         sources: `[T]`, int64, device; where a token is the last step's to sample, its place there,
             elsewhere `NO_SOURCE`; None where there are no such tokens.
         scored: Prompt rows whose next tokens' log-probabilities are wanted.
@@ -137,6 +185,7 @@ class Batch:
     device_rows: PagedRows
     host_prefills: HostPrefillRows | None = None
     host_decodes: HostDecodeRows | None = None
+    rotating: RotatingRows | None = None
     sources: torch.Tensor | None = None
     scored: Sequence[ScoredRows] = ()
 
@@ -144,6 +193,11 @@ class Batch:
     def num_tokens(self) -> int:
         """T."""
         return int(self.input_ids.shape[0])
+
+    @property
+    def num_resident_tokens(self) -> int:
+        """Tokens that go through every layer."""
+        return self.num_tokens - (self.rotating.bounds[1] if self.rotating is not None else 0)
 
     @property
     def host_prefill_tokens(self) -> slice:
@@ -155,4 +209,4 @@ class Batch:
     @property
     def host_decode_tokens(self) -> slice:
         """Where the tokens of `host_decodes` are."""
-        return slice(self.host_prefill_tokens.stop, self.num_tokens)
+        return slice(self.host_prefill_tokens.stop, self.num_resident_tokens)

@@ -10,11 +10,13 @@ from engine.batch import (
     HostDecodeRows,
     HostPrefillRows,
     PagedRows,
+    RotatingRows,
     ScoredRows,
     StagedCopy,
 )
 from engine.kv_blocks import BlockPool
 from engine.request import Request
+from engine.rotation import Rotation, RotationPlaces
 from engine.step_plan import ScheduledRequest, SubBatch
 from engine.table_rows import TableRows
 from engine.token_feedback import NO_SOURCE
@@ -28,13 +30,20 @@ class BatchBuilder:
         device: Where batches go.
         device_pool: Accounting of the device's blocks.
         host_pool: Accounting of the host's blocks; None if there are none.
+        rotation: Where rotating rows' things are; None if there are no such rows.
     """
 
     def __init__(
-        self, device: torch.device, device_pool: BlockPool, host_pool: BlockPool | None = None
+        self,
+        device: torch.device,
+        device_pool: BlockPool,
+        host_pool: BlockPool | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         self._device = device
         self._device_pool = device_pool
+        self._host_pool = host_pool
+        self._rotation = rotation
         self._device_tables = TableRows(device_pool)
         self._host_tables = None if host_pool is None else TableRows(host_pool)
 
@@ -45,19 +54,20 @@ class BatchBuilder:
             sub_batch: What to compute.
             source: Says where a request's pending token is; needed if there are such tokens.
         """
-        items = sub_batch.scheduled
+        resident, places = sub_batch.resident, self._places(sub_batch)
+        items = resident + _entering(places)
         upload = Upload(self._device)
         input_ids, sources = _input_ids(items), _sources(items, source)
         first = upload.add(input_ids)
-        upload.add(np.concatenate([np.arange(item.start, item.end) for item in items]))
+        upload.add(_positions(items))
         device_items = sub_batch.gdec + sub_batch.gprf
-        ends = np.cumsum([item.num_tokens for item in items])
-        upload.add(ends[np.asarray([item.samples for item in items])] - 1)
+        upload.add(_logits_rows(resident, places))
         tables = [self._table(self._device_tables, item) for item in device_items]
         device_rows = _RowsUpload(
             upload, sub_batch.gdec, sub_batch.gprf, tables, self._device_pool.block_size
         )
         staged = _StagedUpload(upload, sub_batch.cprf, self._host_rows(sub_batch.cprf), self)
+        rotating = _RotatingUpload(upload, places)
         fed = None if sources is None else upload.add(sources)
         sent = upload.send()
         return Batch(
@@ -67,8 +77,9 @@ class BatchBuilder:
             device_rows=device_rows.take(sent),
             host_prefills=staged.take(sent) if sub_batch.cprf else None,
             host_decodes=self._host_decodes(sub_batch.cdec) if sub_batch.cdec else None,
+            rotating=None if places is None else rotating.take(sent, self._lanes(places)),
             sources=None if fed is None else sent[fed],
-            scored=_scored_rows(items),
+            scored=_scored_rows(resident),
         )
 
     @property
@@ -91,10 +102,28 @@ class BatchBuilder:
         return [self._table(self._host_tables, item) for item in items]
 
     def _host_decodes(self, items: Sequence[ScheduledRequest]) -> HostDecodeRows:
-        return HostDecodeRows(
-            block_tables=torch.from_numpy(_pad(self._host_rows(items))),
-            seq_lens=torch.tensor([item.end for item in items], dtype=torch.int32),
-        )
+        return _host_decode_rows(items, self._host_rows(items))
+
+    def _places(self, sub_batch: SubBatch) -> RotationPlaces | None:
+        if not sub_batch.rotating:
+            return None
+        assert self._rotation is not None, "rotating rows need a rotation"
+        return self._rotation.advance(sub_batch.rotating)
+
+    def _lanes(self, places: RotationPlaces) -> list[HostDecodeRows | None]:
+        """Return what the CPU attends to, segment by segment; blocks count through the layers."""
+        assert self._host_pool is not None, "host-resident requests need a host pool"
+        num_blocks = self._host_pool.num_blocks
+        lanes: list[HostDecodeRows | None] = []
+        for segment in places.segments:
+            rows = places.rows[places.bounds[segment.start] : places.bounds[segment.stop]]
+            items = [row.share for row in rows]
+            tables = [
+                table + np.int32(row.next_layer * num_blocks)
+                for row, table in zip(rows, self._host_rows(items), strict=True)
+            ]
+            lanes.append(_host_decode_rows(items, tables) if items else None)
+        return lanes
 
 
 class _RowsUpload:
@@ -177,12 +206,69 @@ class _StagedUpload:
         )
 
 
+class _RotatingUpload:
+    """The arrays of `RotatingRows` on their way."""
+
+    def __init__(self, upload: Upload, places: RotationPlaces | None) -> None:
+        self._places = places
+        if places is None:
+            return
+        positions = [row.share.start for row in places.rows]
+        self._first = upload.add(np.asarray(positions, dtype=np.int64))
+        upload.add(np.asarray(places.slots, dtype=np.int64))
+        upload.add(np.asarray(places.answers, dtype=np.int64))
+
+    def take(
+        self, sent: list[torch.Tensor], lanes: Sequence[HostDecodeRows | None]
+    ) -> RotatingRows:
+        places = self._places
+        assert places is not None, "taken where there are rotating rows"
+        positions, slots, answers = sent[self._first : self._first + 3]
+        return RotatingRows(
+            bounds=places.bounds,
+            segments=places.segments,
+            lanes=lanes,
+            positions=positions,
+            slots=slots,
+            residuals=places.residuals,
+            answers=answers,
+        )
+
+
+def _entering(places: RotationPlaces | None) -> list[ScheduledRequest]:
+    if places is None:
+        return []
+    return [row.share for row in places.rows[: places.bounds[1]]]
+
+
+def _logits_rows(resident: Sequence[ScheduledRequest], places: RotationPlaces | None) -> Ints:
+    """Return the rows that sample; rotating ones that do are behind all resident ones."""
+    ends = np.cumsum([item.num_tokens for item in resident], dtype=np.int64)
+    rows: Ints = ends[np.asarray([item.samples for item in resident], dtype=bool)] - 1
+    if places is None:
+        return rows
+    end = int(ends[-1]) if resident else 0
+    return np.concatenate([rows, end + np.arange(places.bounds[-1] - places.bounds[-2])])
+
+
+def _host_decode_rows(items: Sequence[ScheduledRequest], tables: Sequence[Ints]) -> HostDecodeRows:
+    return HostDecodeRows(
+        block_tables=torch.from_numpy(_pad(tables)),
+        seq_lens=torch.tensor([item.end for item in items], dtype=torch.int32),
+    )
+
+
 def _input_ids(items: Sequence[ScheduledRequest]) -> Ints:
     """Return all tokens; pending ones are `PENDING_TOKEN`."""
     ids: list[int] = []
     for item in items:
         ids.extend(item.request.token_ids(item.start, item.end))
     return np.asarray(ids, dtype=np.int64)
+
+
+def _positions(items: Sequence[ScheduledRequest]) -> Ints:
+    none = np.empty(0, dtype=np.int64)
+    return np.concatenate([none, *(np.arange(item.start, item.end) for item in items)])
 
 
 def _sources(

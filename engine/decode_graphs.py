@@ -119,7 +119,8 @@ class DecodeGraphs:
     @staticmethod
     def fits(plan: StepPlan) -> bool:
         """Return whether a step is one of device-resident decodes only."""
-        return len(plan.sub_batches) == 1 and len(plan.sub_batches[0].gdec) == plan.num_tokens
+        has_others = len(plan.sub_batches) > 1 or bool(plan.rotating)
+        return not has_others and len(plan.sub_batches[0].gdec) == plan.num_tokens
 
     @torch.inference_mode()
     def launch(self, items: Sequence[ScheduledRequest]) -> PendingTokens:

@@ -233,6 +233,7 @@ class LLMEngine:
         """Plan a step and give it to the device; None if there is nothing to do or it failed."""
         plan = self._scheduler.plan_step()
         if plan.is_empty:
+            self._runner.move(plan)  # somebody may have had to give way, with nothing else to do
             return None
         if not self._is_measured:
             plan.prediction = plan.gpu_only_prediction = None

@@ -43,9 +43,12 @@ class Request:
     will be once the steps in flight are done. A preempted request goes back to 0 and keeps its
     output: nothing that was generated is lost. `num_pending_tokens` counts the tokens that steps in
     flight sample: they exist, but only the device knows them.
+    `rotation_layer` is the layer whose attention the CPU computes, or has computed, for its newest
+    token in overlap mode; None if it does not rotate. It may be forgotten at any time: the token
+    then starts again at the first layer.
     `sequence` is its place in the order of arrival; `num_skipped_steps` counts the steps in a row
     that left it out while it was host-resident; `last_swap_step` is the step that last moved it.
-    The scheduler keeps all three.
+    The scheduler keeps all four.
     """
 
     request_id: str
@@ -67,6 +70,7 @@ class Request:
     sequence: int = 0
     num_skipped_steps: int = 0
     last_swap_step: int | None = None
+    rotation_layer: int | None = None
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

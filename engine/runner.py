@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.backends import AttentionShape, HostPoolSize, make_backend, resolve_device
+from engine.backends import (
+    AttentionShape,
+    HostPoolSize,
+    HostStepTimes,
+    make_backend,
+    resolve_device,
+)
 from engine.batch import Batch
 from engine.batch_builder import BatchBuilder
 from engine.checkpoint import Checkpoint
@@ -27,6 +33,7 @@ from engine.models import DecoderModel, FinalStates, load_weights, make_dummy_we
 from engine.models.weights import allocate_weights
 from engine.profiler import Profiler
 from engine.prompt_scoring import PromptScores, score_prompts
+from engine.rotation import Rotation
 from engine.sampler import PendingTokens, launch_sampling, sample
 from engine.step_in_flight import StepInFlight, StepResult
 from engine.step_plan import StepPlan
@@ -86,7 +93,8 @@ class ModelRunner:
             self.close()
             raise
         self._limits = config.scheduler
-        self._builder = BatchBuilder(self.device, self.pool, self.host_pool)
+        self._rotation = self._make_rotation(config.scheduler.max_num_seqs)
+        self._builder = BatchBuilder(self.device, self.pool, self.host_pool, self._rotation)
         self._graphs = self._make_graphs(config, self.pool, self.max_model_len)
         self._last_finish_s = 0.0
 
@@ -111,6 +119,7 @@ class ModelRunner:
         """
         start_s = time.perf_counter()
         begin = self._backend.mark()
+        self._forget_leavers(plan)
         self._swap(plan)
         is_graph = self._graphs is not None and self._graphs.fits(plan)
         uses_host = any(sub_batch.cdec for sub_batch in plan.sub_batches)
@@ -125,10 +134,7 @@ class ModelRunner:
             self._feedback.note(item.request for item in plan.sampling)
             self._backend.join_copies()
         except BaseException as error:
-            self._backend.abandon_step(f"{type(error).__name__} on the device")
-            if uses_host:
-                with contextlib.suppress(StepError):
-                    self._backend.end_step()
+            self._give_up(f"{type(error).__name__} on the device", uses_host=uses_host)
             raise
         return StepInFlight(
             plan=plan,
@@ -138,13 +144,20 @@ class ModelRunner:
             begin=begin,
             end=self._backend.mark(),
             uses_host=uses_host,
+            rotation=self._backend.num_rotations if plan.rotating else None,
             is_graph=is_graph,
             prompt_scores=scores,
         )
 
+    def move(self, plan: StepPlan) -> None:
+        """Do what a step that computes nothing leaves to do: its swaps."""
+        self._forget_leavers(plan)
+        self._swap(plan)
+        self._backend.join_copies()
+
     def _launch_eagerly(self, plan: StepPlan) -> tuple[PendingTokens, list[PromptScores]]:
         source, complete = self._feedback.source, self._feedback.complete
-        sub_batches = [s for s in plan.sub_batches if s.num_tokens]
+        sub_batches = [s for s in plan.sub_batches if not s.is_empty]
         batches = [complete(self._builder.build(s, source)) for s in sub_batches]
         self._backend.begin_step(batches)
         states = self._model.run_layers(batches)
@@ -165,12 +178,12 @@ class ModelRunner:
         try:
             sampled = step.tokens.wait()
         except BaseException as error:
-            self._backend.abandon_step(f"{type(error).__name__} while waiting for the device")
-            if step.uses_host:
-                with contextlib.suppress(StepError):
-                    self._backend.end_step()
+            reason = f"{type(error).__name__} while waiting for the device"
+            self._give_up(reason, uses_host=step.uses_host)
             raise
         host = self._backend.end_step() if step.uses_host else None
+        if step.rotation is not None:
+            host = self._end_rotations(step.rotation)
         now_s = time.perf_counter()
         step_s = now_s - max(step.start_s, self._last_finish_s)
         self._last_finish_s = now_s
@@ -182,6 +195,36 @@ class ModelRunner:
             is_graph=step.is_graph,
             host=host,
         )
+
+    def _make_rotation(self, max_num_seqs: int) -> Rotation | None:
+        if self.host_pool is None:
+            return None
+        embedding = self._model.weights.embedding
+        return Rotation(self.model_config.num_layers, max_num_seqs, like=embedding)
+
+    def _forget_leavers(self, plan: StepPlan) -> None:
+        """Wait for the CPU if it may be writing to blocks of requests that no longer rotate.
+
+        The blocks may be somebody else's by now.
+        """
+        if self._rotation is not None and self._rotation.forget_leavers(plan):
+            self._end_rotations(self._backend.num_rotations + 1)
+
+    def _end_rotations(self, before: int) -> HostStepTimes | None:
+        try:
+            return self._backend.end_rotations(before)
+        except StepError as error:
+            self._give_up(str(error), uses_host=False)
+            raise
+
+    def _give_up(self, reason: str, *, uses_host: bool) -> None:
+        """Release whatever waits, on either side; all rotating rows start again."""
+        self._backend.abandon_step(reason)
+        if uses_host:
+            with contextlib.suppress(StepError):
+                self._backend.end_step()
+        if self._rotation is not None:
+            self._rotation.clear()
 
     @property
     def runs_behind(self) -> bool:

@@ -20,7 +20,8 @@ class StepInFlight:
         launch_s: How long launching took.
         begin: Before its first work on the device.
         end: After its last.
-        uses_host: Whether the CPU attends to some of its rows.
+        uses_host: Whether the CPU attends to some of its rows while it runs.
+        rotation: The backend's number of the rotation, if it has rotating rows.
         is_graph: Whether it was launched as a graph.
         prompt_scores: Log-probabilities of prompt tokens, of requests that want them.
     """
@@ -33,6 +34,7 @@ class StepInFlight:
     end: DeviceMark
     uses_host: bool
     is_graph: bool
+    rotation: int | None = None
     prompt_scores: Sequence[PromptScores] = ()
 
     @property
@@ -57,7 +59,8 @@ class StepResult:
             hidden behind that.
         device_s: From the step's first work on the device to its last, waits for the CPU included.
         is_graph: Whether it was launched as a graph.
-        host: What the CPU did; None if it had nothing to do.
+        host: What the CPU did; None if it had nothing to do. In overlap mode, what it did for the
+            rotating rows of the overlap step before.
     """
 
     sampled: SampledTokens

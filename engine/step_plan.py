@@ -1,7 +1,8 @@
 """What one step computes and moves: the scheduler's answer, the runner's order.
 
 Plain data. Four kinds of row (the NEO paper, arXiv 2411.01142): `gprf` and `gdec` keep their KV on
-the device, `cprf` and `cdec` on the host; prf is prefill, dec is decode.
+the device, `cprf` and `cdec` on the host; prf is prefill, dec is decode. A `cdec` row goes through
+all layers in one step; in overlap mode, host-resident decodes rotate: one layer a step.
 """
 
 import enum
@@ -17,6 +18,8 @@ class StepMode(enum.Enum):
     """One batch, no host-resident rows."""
     ASYMMETRIC = "asymmetric"
     """Up to two sub-batches; each one's CPU attention runs behind the other's GPU work."""
+    OVERLAP = "overlap"
+    """One batch, and rotating rows: the CPU attends to them behind the whole step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +54,56 @@ class ScheduledRequest:
         return max(0, min(self.end, len(self.request.prompt_token_ids) - 1) - self.start)
 
 
+@dataclass(frozen=True, slots=True)
+class RotatingRow:
+    """A host-resident decode's share of an overlap step: one layer of the model.
+
+    It rejoins the batch behind the attention of `layer`, which the CPU has computed since the last
+    overlap step, and leaves it again with Q, K and V of the next layer, or, if it `samples`, behind
+    the last layer with a new token. A row whose `layer` is None enters with its newest token, so
+    that a token takes one step more than the model has layers.
+
+    Source: the idea is that of APEX (arXiv 2506.03296) and OmniServe (arXiv 2603.12831).
+    """
+
+    share: ScheduledRequest
+    layer: int | None
+    samples: bool
+
+    @property
+    def next_layer(self) -> int:
+        """Whose Q, K and V the step computes for it; the number of layers if it samples."""
+        return 0 if self.layer is None else self.layer + 1
+
+
 @dataclass(slots=True)
 class SubBatch:
-    """The rows that go through a layer together."""
+    """The rows that go through a layer together; rotating ones only through one of them."""
 
     gdec: list[ScheduledRequest] = field(default_factory=list)
     gprf: list[ScheduledRequest] = field(default_factory=list)
     cprf: list[ScheduledRequest] = field(default_factory=list)
     cdec: list[ScheduledRequest] = field(default_factory=list)
+    rotating: list[RotatingRow] = field(default_factory=list)
 
     @property
-    def scheduled(self) -> list[ScheduledRequest]:
-        """All shares in batch order: gdec, gprf, cprf, cdec."""
+    def resident(self) -> list[ScheduledRequest]:
+        """The shares that go through every layer, in batch order: gdec, gprf, cprf, cdec."""
         return self.gdec + self.gprf + self.cprf + self.cdec
 
     @property
+    def scheduled(self) -> list[ScheduledRequest]:
+        """The shares that the step completes: those of every layer, then rows that sample."""
+        return self.resident + [row.share for row in self.rotating if row.samples]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not (self.gdec or self.gprf or self.cprf or self.cdec or self.rotating)
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model."""
+        """Tokens that go through the model, or through the rest of it."""
         return sum(item.num_tokens for item in self.scheduled)
 
 
@@ -158,20 +194,28 @@ class StepPlan:
         return [item for item in self.scheduled if item.samples]
 
     @property
+    def rotating(self) -> list[RotatingRow]:
+        """All rotating rows."""
+        return [row for sub_batch in self.sub_batches for row in sub_batch.rotating]
+
+    @property
     def requests(self) -> list[Request]:
         """Every request that the step computes or moves, once."""
-        moved = [swap.request for swap in self.swaps_out + self.swaps_in]
-        return list({r.request_id: r for r in [i.request for i in self.scheduled] + moved}.values())
+        involved = [item.request for item in self.scheduled]
+        involved += [row.share.request for row in self.rotating]
+        involved += [swap.request for swap in self.swaps_out + self.swaps_in]
+        return list(dict.fromkeys(involved))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model."""
+        """Tokens that the step completes."""
         return sum(sub_batch.num_tokens for sub_batch in self.sub_batches)
 
     @property
     def num_decodes(self) -> int:
-        """Rows that decode, on either side."""
-        return sum(len(s.gdec) + len(s.cdec) for s in self.sub_batches)
+        """Decodes that the step completes, on either side."""
+        rotated = sum(row.samples for row in self.rotating)
+        return rotated + sum(len(s.gdec) + len(s.cdec) for s in self.sub_batches)
 
     @property
     def has_prefills(self) -> bool:
@@ -180,5 +224,5 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return self.num_tokens == 0
+        """Whether there is nothing to compute; there may be something to move."""
+        return all(sub_batch.is_empty for sub_batch in self.sub_batches)

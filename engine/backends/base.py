@@ -142,8 +142,28 @@ class Backend(Protocol):
             StepError: CPU attention failed or was overdue; the step's results are void.
         """
 
+    @property
+    def num_rotations(self) -> int:
+        """Steps with rotating rows that were begun so far; the newest one's number."""
+
+    def end_rotations(self, before: int) -> HostStepTimes | None:
+        """Wait until the CPU has given all answers of rotations before one.
+
+        Args:
+            before: The number of that rotation.
+
+        Returns:
+            What the CPU did for those that no earlier call waited for; None if there were none.
+
+        Raises:
+            StepError: CPU attention failed or was overdue; all rotations are void.
+        """
+
     def abandon_step(self, reason: str) -> None:
-        """Give up a step that was begun: release everything that waits, on either side."""
+        """Give up what was begun: release everything that waits, on either side.
+
+        Rotations are void and left afterwards; a step with other host-resident rows is to be ended.
+        """
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised over its last dimension and scaled, in the dtype of `x`."""
@@ -170,6 +190,7 @@ class Backend(Protocol):
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,
         norms: LayerNorms | None,
+        num_visitors: int = 0,
     ) -> torch.Tensor:
         """Normalise and rotate heads, store K and V, attend causally to all of each request.
 
@@ -182,13 +203,39 @@ class Backend(Protocol):
             qkv: `[T, (num_q_heads + 2 * num_kv_heads) * head_dim]`; may be overwritten.
             cos_sin: `[positions, head_dim]`, float32, see `RopeConfig.cos_sin_cache`.
             norms: Norms on the heads of Q and K, for models that have them.
+            num_visitors: Further rows of the result, which `arrive` fills.
 
         Returns:
-            `[T, num_q_heads * head_dim]`, in the dtype of `qkv`.
+            `[T + num_visitors, num_q_heads * head_dim]`, in the dtype of `qkv`.
         """
 
     def finish_attention(self, lane: int, layer: int, out: torch.Tensor) -> None:
         """Fill the rows of host-resident decodes in what `start_attention` returned."""
+
+    def depart(
+        self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
+    ) -> None:
+        """Rotate heads and hand a layer's rotating rows to the CPU; the step has one lane.
+
+        Called for every layer in turn, also without rows: the CPU is told segment by segment.
+
+        Args:
+            layer: Whose cache to use.
+            qkv: `[n, (num_q_heads + 2 * num_kv_heads) * head_dim]`; may be overwritten.
+            cos_sin: See `start_attention`.
+            norms: See `start_attention`.
+        """
+
+    def arrive(self, layer: int, out: torch.Tensor) -> None:
+        """Fill in the CPU's attention of a layer, computed since the last step with rotating rows.
+
+        Args:
+            layer: At which the rows departed in that step.
+            out: `[n, num_q_heads * head_dim]`, n > 0.
+
+        Raises:
+            StepError: CPU attention failed, and the device knows already.
+        """
 
     def close(self) -> None:
         """Release threads and memory; the backend is unusable afterwards."""

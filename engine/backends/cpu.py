@@ -14,7 +14,7 @@ from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import ClockMark
-from engine.batch import Batch, PagedRows
+from engine.batch import Batch, PagedRows, RotatingRows
 from engine.errors import CapacityError, ConfigError
 from engine.host_memory import allocate_host_tensor
 from engine.model_config import ModelConfig
@@ -116,10 +116,20 @@ class CpuBackend:
         """Wait for the CPU; see `Backend`."""
         return self._host.end_step() if self._host is not None else None
 
+    @property
+    def num_rotations(self) -> int:
+        """Steps with rotating rows; see `Backend`."""
+        return self._host.num_rotations if self._host is not None else 0
+
+    def end_rotations(self, before: int) -> HostStepTimes | None:
+        """Wait for the CPU; see `Backend`."""
+        return self._host.end_rotations(before) if self._host is not None else None
+
     def abandon_step(self, reason: str) -> None:
         """Give up the step; see `Backend`."""
         if self._host is not None:
             self._host.abandon_step(reason)
+            self._host.forget_rotations()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised and scaled; see `Backend`."""
@@ -154,17 +164,12 @@ class CpuBackend:
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,
         norms: LayerNorms | None,
+        num_visitors: int = 0,
     ) -> torch.Tensor:
         """Rotate, store and attend; see `Backend`."""
-        batch, shape = self._batches[lane], self._checked_shape()
-        heads = [shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads]
-        q, k, v = qkv.view(qkv.shape[0], -1, shape.head_dim).split(heads, dim=1)
-        if norms is not None:
-            q = self.rms_norm(q, norms.q, norms.eps)
-            k = self.rms_norm(k, norms.k, norms.eps)
-        cos, sin = cos_sin[batch.positions].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        out = torch.empty_like(q)
+        batch = self._batches[lane]
+        q, k, v = self._rotated(qkv, batch.positions[: qkv.shape[0]], cos_sin, norms)
+        out = q.new_empty(q.shape[0] + num_visitors, *q.shape[1:])
         if batch.host_decodes is not None:
             rows = batch.host_decode_tokens
             handed_over = torch.cat([q[rows], k[rows], v[rows]], dim=1).flatten(1)
@@ -183,6 +188,42 @@ class CpuBackend:
         batch = self._batches[lane]
         if batch.host_decodes is not None:
             self._checked_host().receive(lane, layer, out[batch.host_decode_tokens])
+
+    def depart(
+        self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
+    ) -> None:
+        """Hand rotating rows over; see `Backend`."""
+        rows = self._checked_rotating()
+        if qkv.shape[0]:
+            positions = rows.positions[rows.departing(layer)]
+            qkv = torch.cat(self._rotated(qkv, positions, cos_sin, norms), dim=1).flatten(1)
+        self._checked_host().rotating.depart(rows, layer, qkv)
+
+    def arrive(self, layer: int, out: torch.Tensor) -> None:
+        """Take the CPU's answers; see `Backend`."""
+        self._checked_host().rotating.arrive(self._checked_rotating(), layer, out)
+
+    def _rotated(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        norms: LayerNorms | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return heads of Q, K and V, `[T, heads, head_dim]`, of a row or more."""
+        shape = self._checked_shape()
+        heads = [shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads]
+        q, k, v = qkv.view(qkv.shape[0], -1, shape.head_dim).split(heads, dim=1)
+        if norms is not None:
+            q = self.rms_norm(q, norms.q, norms.eps)
+            k = self.rms_norm(k, norms.k, norms.eps)
+        cos, sin = cos_sin[positions].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def _checked_rotating(self) -> RotatingRows:
+        rows = self._batches[0].rotating
+        assert rows is not None, "the step has no rotating rows"
+        return rows
 
     def _checked_shape(self) -> AttentionShape:
         assert self._shape is not None, "allocate_kv_cache comes first"

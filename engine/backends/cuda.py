@@ -11,7 +11,7 @@ from engine.backends.cuda_staging import Staging
 from engine.backends.cuda_swaps import Swaps
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import StreamMark
-from engine.batch import Batch, PagedRows
+from engine.batch import Batch, PagedRows, RotatingRows
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
@@ -150,11 +150,21 @@ class CudaBackend:
         """Wait for the CPU; see `Backend`."""
         return self._host.end_step() if self._host is not None else None
 
+    @property
+    def num_rotations(self) -> int:
+        """Steps with rotating rows; see `Backend`."""
+        return self._host.num_rotations if self._host is not None else 0
+
+    def end_rotations(self, before: int) -> HostStepTimes | None:
+        """Wait for the CPU; see `Backend`."""
+        return self._host.end_rotations(before) if self._host is not None else None
+
     def abandon_step(self, reason: str) -> None:
         """Give up the step and wait until the GPU has left it; see `Backend`."""
         if self._host is not None:
             self._host.abandon_step(reason)
             torch.cuda.synchronize(self.device)
+            self._host.forget_rotations()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised and scaled; see `Backend`."""
@@ -189,31 +199,35 @@ class CudaBackend:
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,
         norms: LayerNorms | None,
+        num_visitors: int = 0,
     ) -> torch.Tensor:
         """Rotate, store and attend; see `Backend`."""
         batch, shape = self._batches[lane], self._checked_shape()
         if self._swaps is not None:
             self._swaps.wait_for(layer)
-        out = qkv.new_empty(qkv.shape[0], shape.num_q_heads, shape.head_dim)
+        out = qkv.new_empty(qkv.shape[0] + num_visitors, shape.num_q_heads, shape.head_dim)
         if batch.host_decodes is not None:
             # First, so that the CPU's work begins as early as it can.
             rows = batch.host_decode_tokens
             slots = self._no_slots[: batch.host_decodes.num_seqs]
             caches = (self._k_cache[layer], self._v_cache[layer])
-            self._rope_store(rows, slots, qkv, batch, cos_sin, norms, *caches)
+            positions = batch.positions[rows]
+            self._rope_store(qkv[rows], positions, slots, cos_sin, norms, *caches)
             self._checked_host().send(lane, layer, qkv[rows])
         device = slice(0, batch.device_rows.num_tokens)
         if batch.device_rows.num_tokens:
             caches = (self._k_cache[layer], self._v_cache[layer])
             slots = batch.device_rows.slot_mapping
-            self._rope_store(device, slots, qkv, batch, cos_sin, norms, *caches)
+            positions = batch.positions[device]
+            self._rope_store(qkv[device], positions, slots, cos_sin, norms, *caches)
             self._attend(device, qkv, out, *caches, batch.device_rows)
         if batch.host_prefills is not None:
             assert self._staging is not None, "there is no host pool"
             rows, prefills = batch.host_prefill_tokens, batch.host_prefills
             caches = self._staging.begin_layer(lane, layer, prefills)
             slots = prefills.rows.slot_mapping
-            self._rope_store(rows, slots, qkv, batch, cos_sin, norms, *caches)
+            positions = batch.positions[rows]
+            self._rope_store(qkv[rows], positions, slots, cos_sin, norms, *caches)
             self._staging.end_layer(lane, layer, prefills)
             self._attend(rows, qkv, out, *caches, prefills.rows)
         return out.flatten(1)
@@ -223,6 +237,28 @@ class CudaBackend:
         batch = self._batches[lane]
         if batch.host_decodes is not None:
             self._checked_host().receive(lane, layer, out[batch.host_decode_tokens])
+
+    def depart(
+        self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
+    ) -> None:
+        """Hand rotating rows over; see `Backend`."""
+        rows = self._checked_rotating()
+        if self._swaps is not None:
+            self._swaps.wait_for(layer)
+        if qkv.shape[0]:
+            positions, slots = rows.positions[rows.departing(layer)], self._no_slots[: len(qkv)]
+            caches = (self._k_cache[layer], self._v_cache[layer])
+            self._rope_store(qkv, positions, slots, cos_sin, norms, *caches)
+        self._checked_host().rotating.depart(rows, layer, qkv)
+
+    def arrive(self, layer: int, out: torch.Tensor) -> None:
+        """Take the CPU's answers; see `Backend`."""
+        self._checked_host().rotating.arrive(self._checked_rotating(), layer, out)
+
+    def _checked_rotating(self) -> RotatingRows:
+        rows = self._batches[0].rotating
+        assert rows is not None, "the step has no rotating rows"
+        return rows
 
     def _checked_shape(self) -> AttentionShape:
         assert self._shape is not None, "allocate_kv_cache comes first"
@@ -244,22 +280,21 @@ class CudaBackend:
 
     def _rope_store(
         self,
-        rows: slice,
-        slots: torch.Tensor,
         qkv: torch.Tensor,
-        batch: Batch,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
         cos_sin: torch.Tensor,
         norms: LayerNorms | None,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> None:
-        """Normalise and rotate some rows of `qkv` in place and store their K and V."""
-        q, k, v = self._heads(qkv[rows])
+        """Normalise and rotate rows in place and store their K and V."""
+        q, k, v = self._heads(qkv)
         rope_store_kv(
             q,
             k,
             v,
-            batch.positions[rows],
+            positions,
             cos_sin,
             k_cache,
             v_cache,

@@ -15,7 +15,8 @@ from cpu_kernels.service import AttentionService
 from cpu_kernels.step import Lane
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes
 from engine.backends.doorbells import Doorbells, HostDoorbells, StreamDoorbells
-from engine.batch import Batch
+from engine.backends.rotating_attention import RotatingAttention
+from engine.batch import Batch, RotatingRows
 from engine.errors import CapacityError, StepError
 from engine.host_memory import allocate_host_tensor, pin, unpin
 
@@ -45,6 +46,9 @@ class HostAttention:
         device: torch.device,
     ) -> None:
         self._shape = shape
+        self._kernels = kernels
+        self._max_rows = size.max_rows
+        self._rotating: RotatingAttention | None = None
         self._pinned: list[torch.Tensor] = []
         self._device = device
         self._on_gpu = device.type == "cuda"
@@ -93,8 +97,22 @@ class HostAttention:
             ) from error
         return tensor
 
+    @property
+    def rotating(self) -> RotatingAttention:
+        """Attention for rotating rows, once a step has had some."""
+        assert self._rotating is not None, "no step has had rotating rows"
+        return self._rotating
+
+    @property
+    def num_rotations(self) -> int:
+        """Steps with rotating rows so far."""
+        return self._rotating.num_steps if self._rotating is not None else 0
+
     def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Give the service the step's host-resident decodes; lanes without any take no part."""
+        """Give the services the step's host-resident decodes; lanes without any take no part."""
+        for batch in batches:
+            if batch.rotating is not None:
+                self._begin_rotation(batch.rotating)
         lanes = [
             (lane, batch.host_decodes)
             for lane, batch in enumerate(batches)
@@ -110,6 +128,20 @@ class HostAttention:
             self._shape.softmax_scale,
         )
         self._tickets = [self._service.first_ticket(at) for at in range(len(lanes))]
+
+    def _begin_rotation(self, rows: RotatingRows) -> None:
+        if self._rotating is None:
+            self._rotating = RotatingAttention(
+                self._kernels,
+                self._shape,
+                num_segments=len(rows.segments),
+                max_rows=self._max_rows,
+                pools=(self.k_pool, self.v_pool),
+                device=self._device,
+                allocate=self._allocate,
+                timeout_s=DEFAULT_TIMEOUT_S,
+            )
+        self._rotating.begin_step(rows)
 
     def send(self, lane: int, layer: int, qkv: torch.Tensor) -> None:
         """Hand over rotated rows, `[S, (num_q_heads + 2 * num_kv_heads) * head_dim]`."""
@@ -150,12 +182,30 @@ class HostAttention:
         )
 
     def abandon_step(self, reason: str) -> None:
-        """Give up the step in progress, if there is one, and release everything that waits."""
+        """Give up the steps in progress, if there are any, and release everything that waits.
+
+        Once nothing waits on the device, `end_step` and `end_rotations` leave them.
+        """
         if self._lanes:
             self._service.abort_step(reason)
+        if self._rotating is not None:
+            self._rotating.abandon(reason)
+
+    def end_rotations(self, before: int) -> HostStepTimes | None:
+        """Wait until the CPU has left earlier rotations; see `Backend`."""
+        if self._on_gpu and before > self.num_rotations:
+            torch.cuda.synchronize(self._device)  # a step may be on its way that waits for them
+        return self._rotating.end_steps(before) if self._rotating is not None else None
+
+    def forget_rotations(self) -> None:
+        """Leave rotations that were given up."""
+        if self._rotating is not None:
+            self._rotating.forget()
 
     def close(self) -> None:
-        """Stop the service and give back the memory."""
+        """Stop the services and give back the memory."""
+        if self._rotating is not None:
+            self._rotating.close()
         self._service.close()
         self.close_memory()
 

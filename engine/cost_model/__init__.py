@@ -3,7 +3,14 @@
 from engine.cost_model.analytic import AnalyticCostModel, HardwareSpec, ModelSpec
 from engine.cost_model.base import CostModel
 from engine.cost_model.corrected import CorrectedCostModel
-from engine.cost_model.prediction import StageTimes, SubBatchLoad, load_of, pipeline_s, predict
+from engine.cost_model.prediction import (
+    StageTimes,
+    SubBatchLoad,
+    load_of,
+    pipeline_s,
+    predict,
+    rotation_steps,
+)
 from engine.cost_model.table import CostModelKey, StepTables, Table, TableCostModel
 
 __all__ = [
@@ -21,4 +28,5 @@ __all__ = [
     "load_of",
     "pipeline_s",
     "predict",
+    "rotation_steps",
 ]

@@ -6,6 +6,9 @@ The pipeline of a step runs, layer by layer, for each sub-batch j in turn:
     ring the host for j; device attention of j.
 
 The host serves one ring after the other. `pipeline_s` walks through exactly that.
+
+Rotating rows are in the batch for one layer of each step; the host attends to them, one layer each,
+while the device runs the whole step. So the step takes whichever of the two takes longer.
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,8 @@ class SubBatchLoad:
     """A sub-batch as the cost model sees it: numbers only.
 
     `prefill_attention_s` is one layer's. `copy_out_tokens` are prompt tokens whose K and V go to
-    the host, `copy_in_tokens` those of earlier chunks that come back for attention.
+    the host, `copy_in_tokens` those of earlier chunks that come back for attention. Rotating rows
+    decode one layer of their token.
     """
 
     num_prefill_tokens: int = 0
@@ -32,15 +36,17 @@ class SubBatchLoad:
     num_sampled_prefills: int = 0
     copy_out_tokens: int = 0
     copy_in_tokens: int = 0
+    num_rotating: int = 0
+    rotating_tokens: int = 0
 
     @property
     def num_rows(self) -> int:
-        """Rows that go through the linear layers."""
+        """Rows that go through all linear layers."""
         return self.num_prefill_tokens + self.num_gdec + self.num_cdec
 
     @property
     def num_decodes(self) -> int:
-        """Rows that decode, on either side."""
+        """Rows that decode in one step, on either side."""
         return self.num_gdec + self.num_cdec
 
 
@@ -68,6 +74,8 @@ def load_of(model: CostModel, sub_batch: SubBatch) -> SubBatchLoad:
         ),
         num_gdec=len(sub_batch.gdec),
         gdec_tokens=sum(item.end for item in sub_batch.gdec),
+        num_rotating=len(sub_batch.rotating),
+        rotating_tokens=sum(row.share.end for row in sub_batch.rotating),
         num_cdec=len(sub_batch.cdec),
         cdec_tokens=sum(item.end for item in sub_batch.cdec),
         num_sampled_prefills=sum(item.samples for item in prefills),
@@ -122,14 +130,30 @@ def _close(leads: list[float], before: list[float], period: float) -> bool:
     )
 
 
+def rotation_steps(model: CostModel) -> int:
+    """Return how many overlap steps a rotating row's token takes."""
+    return model.num_layers + 1
+
+
+def _visitors(model: CostModel, load: SubBatchLoad) -> int:
+    """Return how many rotating rows are in a layer on average, rounded up."""
+    return -(-load.num_rotating // rotation_steps(model))
+
+
 def _is_graph(loads: Sequence[SubBatchLoad]) -> bool:
     """Return whether only device-resident requests decode: such steps are launched as a whole."""
-    return sum(load.num_rows for load in loads) == sum(load.num_gdec for load in loads)
+    return sum(load.num_rows + load.num_rotating for load in loads) == sum(
+        load.num_gdec for load in loads
+    )
 
 
 def _launch_s(model: CostModel, loads: Sequence[SubBatchLoad]) -> float:
     """Return the host's time to launch all layers."""
-    handovers = [int(load.num_cdec > 0) for load in loads if load.num_rows]
+    handovers = [
+        int(load.num_cdec > 0 or load.num_rotating > 0)
+        for load in loads
+        if load.num_rows or load.num_rotating
+    ]
     return model.num_layers * sum(model.launch_s(count) for count in handovers)
 
 
@@ -144,18 +168,32 @@ def predict(
 
     Args:
         model: Times of the parts.
-        loads: The sub-batches; those without rows cost nothing.
+        loads: The sub-batches; those without rows cost nothing. Rotating rows are in one that is
+            alone.
         swap_tokens: Tokens whose K and V move before the step computes.
         prefill_weight: Decode tokens that a prefill token is worth.
     """
-    linear = [model.linear_s(load.num_rows) if load.num_rows else 0.0 for load in loads]
+    visitors = [_visitors(model, load) for load in loads]
+    num_rows = [load.num_rows + more for load, more in zip(loads, visitors, strict=True)]
+    linear = [model.linear_s(number) if number else 0.0 for number in num_rows]
     gdec = [model.gpu_attention_s(load.num_gdec, load.gdec_tokens) for load in loads]
     cdec = [model.cpu_attention_s(load.num_cdec, load.cdec_tokens) for load in loads]
-    handovers = [model.handover_s() if load.num_cdec else 0.0 for load in loads]
+    handovers = [
+        model.handover_s() if load.num_cdec or load.num_rotating else 0.0 for load in loads
+    ]
+    rotating_s = sum(
+        model.cpu_attention_s(load.num_rotating, load.rotating_tokens) for load in loads
+    )
     stages = [
-        StageTimes(linear[j], gdec[j] + load.prefill_attention_s, cdec[j], handovers[j])
+        StageTimes(
+            # Rotating rows are copied to and fro, but waited for in the next step only.
+            linear[j] + (handovers[j] if load.num_rotating else 0.0),
+            gdec[j] + load.prefill_attention_s,
+            cdec[j],
+            handovers[j],
+        )
         for j, load in enumerate(loads)
-        if load.num_rows
+        if num_rows[j]
     ]
     layers_s, exposed_s = pipeline_s(stages, model.num_layers) if stages else (0.0, 0.0)
     # Copies of prompts run beside the layers, both directions at once.
@@ -165,20 +203,22 @@ def predict(
     )
     launch_s = 0.0 if _is_graph(loads) else _launch_s(model, loads)
     num_decodes = sum(load.num_decodes for load in loads)
-    num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads)
+    num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads) + sum(visitors)
     swap_s = model.swap_s(swap_tokens)
-    step_s = max(layers_s, copies_s, launch_s) + swap_s + model.fixed_step_s(num_sampled)
-    value = num_decodes + prefill_weight * sum(load.num_prefill_tokens for load in loads)
+    device_s = max(layers_s, copies_s, launch_s) + swap_s + model.fixed_step_s(num_sampled)
+    step_s = max(device_s, rotating_s)
+    rotated = sum(load.num_rotating for load in loads) / rotation_steps(model)
+    value = num_decodes + rotated + prefill_weight * sum(load.num_prefill_tokens for load in loads)
     n = model.num_layers
     return StepPrediction(
         step_s=step_s,
         linear_s=tuple(n * part for part in linear),
         gpu_attention_s=tuple(n * part for part in gdec),
-        cpu_attention_s=tuple(n * part for part in cdec),
+        cpu_attention_s=(rotating_s,) if rotating_s else tuple(n * part for part in cdec),
         prefill_attention_s=n * sum(load.prefill_attention_s for load in loads),
         swap_s=swap_s,
         handover_s=n * sum(handovers),
-        exposed_cpu_s=exposed_s,
+        exposed_cpu_s=exposed_s + step_s - device_s,
         tokens_per_s=value / step_s if step_s > 0 else 0.0,
         prompt_copy_s=copies_s,
         launch_s=launch_s,

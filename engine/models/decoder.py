@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.backends import AttentionShape, Backend, LayerNorms
-from engine.batch import Batch
+from engine.batch import Batch, RotatingRows
 from engine.model_config import ModelConfig
 from engine.models.weights import ModelWeights
 
@@ -56,6 +56,7 @@ class DecoderModel:
             else None
             for layer in weights.layers
         ]
+        self._no_qkv = weights.layers[0].qkv.new_empty(0, weights.layers[0].qkv.shape[0])
 
     def attention_shape(self, block_size: int) -> AttentionShape:
         """Return what the backend must know to make the KV cache."""
@@ -91,8 +92,11 @@ class DecoderModel:
         backend must have been told of the step by `begin_step`.
 
         Args:
-            batches: The step's input, T tokens each.
+            batches: The step's input, T tokens each; only one of them if it has rotating rows.
         """
+        if batches[0].rotating is not None:
+            [batch] = batches
+            return [self._run_rotating(batch, batch.rotating)]
         lanes = [_Lane(F.embedding(batch.input_ids, self.weights.embedding)) for batch in batches]
         for layer in range(self.config.num_layers):
             for index, lane in enumerate(lanes):
@@ -105,6 +109,45 @@ class DecoderModel:
             assert lane.residual is not None
             states.append(FinalStates(lane.hidden, lane.residual))
         return states
+
+    def _run_rotating(self, batch: Batch, rows: RotatingRows | None) -> FinalStates:
+        """Run a batch in which rotating rows come and go.
+
+        Resident rows go through every layer. A rotating row arrives behind a layer's attention,
+        which the CPU has computed since the last such step, and departs with Q, K and V of the next
+        layer. Returned are the resident rows and those that were behind the last layer.
+        """
+        assert rows is not None, "there are rotating rows"
+        hidden = F.embedding(batch.input_ids, self.weights.embedding)
+        num_resident, num_rows = batch.num_resident_tokens, hidden.shape[0]
+        # One residual stream, with room for visitors behind the resident rows.
+        stream = hidden.new_empty(num_resident + rows.most_at_once, hidden.shape[1])
+        for layer in range(self.config.num_layers):
+            arriving = rows.arriving(layer)
+            num_visitors = arriving.stop - arriving.start
+            if num_rows:
+                residual = None if layer == 0 else stream[:num_rows]
+                qkv, residual = self.before_attention(layer, hidden, residual)
+                if layer == 0:
+                    stream[:num_rows].copy_(residual)
+            else:
+                qkv = self._no_qkv
+            self._backend.depart(layer, qkv[num_resident:], self._cos_sin, self._norms[layer])
+            if num_rows > num_resident:
+                slots = rows.slots[rows.departing(layer)]
+                rows.residuals.index_copy_(0, slots, stream[num_resident:num_rows])
+            if num_resident:
+                attended = self.start_attention(0, layer, qkv[:num_resident], num_visitors)
+            else:
+                attended = hidden.new_empty(num_visitors, self.weights.layers[layer].out.shape[1])
+            num_rows = num_resident + num_visitors
+            if num_visitors:
+                self._backend.arrive(layer, attended[num_resident:])
+                visitors = stream[num_resident:num_rows]
+                torch.index_select(rows.residuals, 0, rows.slots[arriving], out=visitors)
+            if num_rows:
+                hidden, _ = self.after_attention(layer, attended, stream[:num_rows])
+        return FinalStates(hidden[:num_rows], stream[:num_rows])
 
     def _finish_layer(self, index: int, layer: int, lane: "_Lane") -> None:
         """Take the CPU's rows of a layer's attention and compute the rest of the layer."""
@@ -136,9 +179,12 @@ class DecoderModel:
             normed = self._backend.add_rms_norm(hidden, residual, weights.input_norm, eps)
         return self._backend.linear(normed, weights.qkv, weights.qkv_bias), residual
 
-    def start_attention(self, lane: int, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+    def start_attention(
+        self, lane: int, layer: int, qkv: torch.Tensor, num_visitors: int = 0
+    ) -> torch.Tensor:
         """Start a layer's attention on the backend; see `Backend.start_attention`."""
-        return self._backend.start_attention(lane, layer, qkv, self._cos_sin, self._norms[layer])
+        norms = self._norms[layer]
+        return self._backend.start_attention(lane, layer, qkv, self._cos_sin, norms, num_visitors)
 
     def after_attention(
         self, layer: int, attended: torch.Tensor, residual: torch.Tensor

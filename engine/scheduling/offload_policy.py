@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from engine.cost_model import CostModel, SubBatchLoad, predict
+from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
 from engine.request import Request
 from engine.scheduling.dealing import dealt_loads, hidden_windows, one_load, prefix_sums
-from engine.scheduling.scheduler_config import SchedulerConfig
+from engine.scheduling.scheduler_config import FORCED_MODES, SchedulerConfig
 
 _NUM_SAMPLED_WAITING = 64
 _MEMORY = 0.05
@@ -38,10 +38,14 @@ class MeanLoad:
 
 @dataclass(frozen=True, slots=True)
 class OffloadTarget:
-    """Best number of host-resident requests, and throughput with them over that without."""
+    """Best number of host-resident requests, and throughput with them over that without.
+
+    `rotates` says whether that takes overlap mode.
+    """
 
     num_host: int
     gain: float
+    rotates: bool = False
 
 
 class OffloadPolicy:
@@ -63,8 +67,9 @@ class OffloadPolicy:
         self._host_tokens = host_tokens
         self._mean_output: float | None = None
         self._countdown = 0
-        self.offloads = config.mode == "asymmetric"
-        self.target = OffloadTarget(config.max_num_seqs if self.offloads else 0, 1.0)
+        self.offloads = config.mode in FORCED_MODES
+        most = config.max_num_seqs if self.offloads else 0
+        self.target = OffloadTarget(most, 1.0, rotates=config.mode == "overlap")
 
     def observe_finished(self, request: Request) -> None:
         """Learn how long outputs are."""
@@ -108,26 +113,57 @@ class OffloadPolicy:
         if most < 1:
             return OffloadTarget(0, 1.0)
         baseline = self._rate(load, num_device, 0)
-        rate, num_host = max((self._rate(load, num_device, n), n) for n in _ladder(most))
+        rate, num_host, rotates = max(
+            option
+            for n in _ladder(most)
+            for option in (
+                (self._rate(load, num_device, n), n, False),
+                (self._rotating_rate(load, num_device, n), n, True),
+            )
+        )
         if baseline == 0.0:
-            return OffloadTarget(num_host if rate else 1, float("inf"))
-        return OffloadTarget(num_host, rate / baseline)
+            return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
+        return OffloadTarget(num_host, rate / baseline, rotates)
+
+    def _base(
+        self, load: MeanLoad, num_device: int, num_decodes: float, num_from_host: float
+    ) -> SubBatchLoad:
+        """Return a step of the steady state without host-resident decodes.
+
+        Args:
+            load: What requests are like.
+            num_device: Requests on the device.
+            num_decodes: Tokens that a step decodes; each comes with its share of a prompt.
+            num_from_host: Those of requests on the host.
+        """
+        resident, prompt = load.resident_tokens, max(1, round(load.prompt_tokens))
+        prompts_per_step = num_decodes / load.output_tokens
+        return SubBatchLoad(
+            num_prefill_tokens=round(prompts_per_step * prompt),
+            prefill_attention_s=prompts_per_step * self._model.prefill_attention_s(prompt, prompt),
+            num_gdec=num_device,
+            gdec_tokens=num_device * resident,
+            num_sampled_prefills=round(prompts_per_step),
+            copy_out_tokens=round(num_from_host / load.output_tokens * prompt),
+        )
+
+    def _rotating_rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
+        """Return the same as `_rate` where the requests on the host rotate."""
+        rotated = num_host / rotation_steps(self._model)
+        base = self._base(load, num_device, num_device + rotated, rotated)
+        base.num_rotating, base.rotating_tokens = num_host, num_host * load.resident_tokens
+        step_s = predict(self._model, [base]).step_s
+        if step_s * rotation_steps(self._model) > self._config.tpot_limit_s:
+            return 0.0
+        return (num_device + rotated) / step_s
 
     def _rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
         """Return decode tokens a second of the steady state; 0 if it breaks the TPOT limit."""
         num_decodes = num_device + num_host
         if num_decodes == 0:
             return 0.0
-        resident, prompt = load.resident_tokens, max(1, round(load.prompt_tokens))
-        prompts_per_step = num_decodes / load.output_tokens
-        base = SubBatchLoad(
-            num_prefill_tokens=round(prompts_per_step * prompt),
-            prefill_attention_s=prompts_per_step * self._model.prefill_attention_s(prompt, prompt),
-            num_gdec=num_device,
-            gdec_tokens=num_device * resident,
-            num_sampled_prefills=round(prompts_per_step),
-            copy_out_tokens=round(num_host / load.output_tokens * prompt),
-        )
+        resident = load.resident_tokens
+        base = self._base(load, num_device, num_decodes, num_host)
         prefix = prefix_sums([resident] * num_host)
         candidates = [one_load(base, prefix, num_host)]
         if num_host:

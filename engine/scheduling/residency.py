@@ -55,6 +55,7 @@ class Residency:
         if self.host is not None:
             self.host.free(request.request_id)
         request.placement = Placement.DEVICE
+        request.rotation_layer = None
 
     def host_can_take(self, request: Request) -> bool:
         """Return whether a device-resident request could be swapped out."""
@@ -83,6 +84,7 @@ class Residency:
         blocks = _first(source.block_table(name), num_blocks)
         source.free(name)
         request.num_swaps += 1
+        request.rotation_layer = None
         request.num_skipped_steps = 0
         request.last_swap_step = step
         return blocks, _first(target.block_table(name), num_blocks)

@@ -103,6 +103,8 @@ class Scheduler:
     def begin_step(self, plan: StepPlan) -> None:
         """Count a step as on its way, so that the next one can be planned before it is done."""
         plan.is_begun = True
+        for row in plan.rotating:
+            row.share.request.rotation_layer = None if row.samples else row.next_layer
         for item in plan.scheduled:
             item.request.num_computed_tokens = item.end
             item.request.num_pending_tokens += item.samples
@@ -129,14 +131,15 @@ class Scheduler:
         """Give up a step that failed; nothing it computed or moved counts.
 
         Its requests' caches are in an unknown state. Those that the caller aborts, before or after,
-        are gone; all others start again from their tokens.
+        are gone; all others start again from their tokens. What the CPU has computed for rotating
+        rows of other steps is void.
         """
+        for request in self._running:
+            request.rotation_layer = None
         if plan.is_begun:
             for item in plan.sampling:
                 item.request.num_pending_tokens -= 1
-        involved = [item.request for item in plan.scheduled]
-        involved += [swap.request for swap in plan.swaps_out + plan.swaps_in]
-        for request in sorted(set(involved), key=_sequence):
+        for request in sorted(plan.requests, key=_sequence):
             if request.state is RequestState.RUNNING:
                 self._preempt(request)
 
@@ -184,7 +187,7 @@ class Scheduler:
         """Bring the longest-waiting request back when the device comfortably holds it."""
         if self.residency.host is None or plan.swaps_out or plan.preempted:
             return
-        if self.policy.offloads and self._waiting:
+        if self.policy.offloads and self._waiting and not self.policy.target.rotates:
             return  # new prompts fill the device without a swap
         for request in self._resident(Placement.HOST):
             if self._waiting and request.sequence > self._waiting[0].sequence:
@@ -252,10 +255,13 @@ class Scheduler:
             plan.prediction = draft.prediction
         if choice.gpu_only is not None:
             plan.gpu_only_prediction = choice.gpu_only.prediction
-        scheduled = {item.request.sequence for item in plan.scheduled}
+        advanced = {item.request for item in plan.scheduled}
+        rotating = {row.share.request for row in plan.rotating}
         for request in self._resident(Placement.HOST):
-            skipped = request.sequence not in scheduled
+            skipped = request not in advanced and request not in rotating
             request.num_skipped_steps = request.num_skipped_steps + 1 if skipped else 0
+            if request in advanced - rotating or (rotating and request not in rotating):
+                request.rotation_layer = None  # computed in one go, or left behind
 
     def _start(self, request: Request, placement: Placement) -> None:
         """Give a waiting request all blocks of its known tokens, so that its prompt can finish."""

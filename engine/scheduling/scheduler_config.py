@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 
-MODES = ("auto", "gpu-only", "asymmetric")
+MODES = ("auto", "gpu-only", "asymmetric", "overlap")
+FORCED_MODES = ("asymmetric", "overlap")
+"""Those that use the host whenever they can, whatever that costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,8 +17,10 @@ class SchedulerConfig:
         max_num_seqs: Most requests that run at once, on device and host together.
         max_num_batched_tokens: Most tokens of one step; longer prompts are prefilled in chunks.
         mode: One of `MODES`. `gpu-only` never uses the host pool; `asymmetric` uses it whenever
-            the device pool is full, and computes every host-resident row in every step.
-        tpot_limit_ms: A step with decodes should not take longer than this; None is no limit.
+            the device pool is full, and computes every host-resident row in every step; `overlap`
+            likewise, with rotating rows only; `auto` takes what promises most.
+        tpot_limit_ms: A decode token should not take longer than this; None is no limit. It takes
+            one step, that of a rotating row as many as the model has layers, and one more.
         min_offload_gain: Predicted steady-state throughput with the host, over that without, above
             which new requests are sent to the host. Once they are, the gain may fall to half way
             between this and 1 before that stops. Smaller gains are not worth a wrong prediction.

@@ -1,4 +1,4 @@
-"""Forms the best step without host-resident rows and the best one with them, and takes the better.
+"""Forms the best step without host-resident rows and the best ones with them, and takes the best.
 
 Nothing is reserved here: a draft says what would be computed and admitted; the scheduler commits
 the one that is chosen.
@@ -8,12 +8,14 @@ its extra time in a step on the device alone, over the time of one decode token 
 neither favour nor harm a step merely by being in it, doing more of them in one go is not mistaken
 for speed, and a GPU-only engine has the same rate with and without prompts in its steps. (Counting
 them 1 would let any prefill outbid any decode.) Host-resident rows are worth their decode tokens,
-at the price of the second read of the weights and of whatever wait the pipeline leaves exposed.
+at the price of the second read of the weights and of whatever wait the pipeline leaves exposed; if
+they rotate, the layers that they are through are lost with a step that computes them in one go.
+Rotating rows are worth a layer of a token each (see `rotating`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
-from engine.cost_model import CostModel, SubBatchLoad, load_of, predict
+from engine.cost_model import CostModel, SubBatchLoad, load_of, predict, rotation_steps
 from engine.request import Placement, Request
 from engine.scheduling.dealing import (
     Deal,
@@ -24,7 +26,8 @@ from engine.scheduling.dealing import (
     prefix_sums,
 )
 from engine.scheduling.prompt_admission import take_prompts
-from engine.scheduling.scheduler_config import SchedulerConfig
+from engine.scheduling.rotating import form_rotation, lost_tokens
+from engine.scheduling.scheduler_config import FORCED_MODES, SchedulerConfig
 from engine.scheduling.step_view import Choice, Draft, StepView
 from engine.step_plan import ScheduledRequest, StepMode, SubBatch
 
@@ -58,24 +61,59 @@ class StepFormer:
         )
         weight = self._prefill_weight(view, mixed if mixed.scheduled else device)
         gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
-        asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
-        return self._choose(view, gpu_only, asymmetric)
+        asymmetric = overlap = None
+        if self._config.mode != "overlap":
+            asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
+        if self._config.mode != "asymmetric":
+            overlap = self._best_overlap(view, host_budget, weight)
+        return self._choose(view, gpu_only, asymmetric, overlap)
 
-    def _choose(self, view: StepView, gpu_only: Draft, asymmetric: Draft | None) -> Choice:
+    def _choose(
+        self, view: StepView, gpu_only: Draft, asymmetric: Draft | None, overlap: Draft | None
+    ) -> Choice:
         baseline = None if gpu_only.is_empty else gpu_only
-        if asymmetric is None:
+        drafts = [draft for draft in (asymmetric, overlap) if draft is not None]
+        if not drafts:
             return Choice(gpu_only, baseline, "no host-resident row is ready")
+        best = max(drafts, key=lambda draft: draft.merit)
         if baseline is None:
-            return Choice(asymmetric, None, "nothing to do on the device alone")
-        if self._config.mode == "asymmetric":
-            return Choice(asymmetric, baseline, "mode asymmetric")
-        if _pays(view, asymmetric, baseline):
+            return Choice(best, None, "nothing to do on the device alone")
+        if self._config.mode in FORCED_MODES:
+            return Choice(best, baseline, f"mode {self._config.mode}")
+        if _pays(view, best, baseline):
             better = "within the TPOT limit" if not baseline.within_limit else "higher rate"
-            return Choice(asymmetric, baseline, better)
+            return Choice(best, baseline, better)
         if view.is_due:
-            return Choice(asymmetric, baseline, "a host-resident request waited", forced=True)
-        worse = "too little gain" if asymmetric.within_limit else "beyond the TPOT limit"
+            # In one go: where rotating does not pay, nobody knows when it would go on.
+            due = best if asymmetric is None else asymmetric
+            return Choice(due, baseline, "a host-resident request waited", forced=True)
+        worse = "too little gain" if best.within_limit else "beyond the TPOT limit"
         return Choice(gpu_only, baseline, f"with host-resident rows: {worse}")
+
+    def _best_overlap(self, view: StepView, budget: int, weight: float) -> Draft | None:
+        """Return the best step with rotating rows; prompts may go to the host beside them."""
+        draft = self._fit(view, lambda b: self._overlap(view, b, weight), budget)
+        has_rows = any(s.rotating for s in draft.sub_batches)
+        forced = self._config.mode == "overlap" and any(s.cprf for s in draft.sub_batches)
+        return draft if has_rows or forced else None
+
+    def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:
+        base, admitted = self._prompts(view, budget, with_host=True)
+        base.gdec.extend(_decodes(view.gdec))
+        rotation = form_rotation(self._model, view, base)
+        base.rotating.extend(rotation.rows)
+        draft = self._draft(view, [base], admitted, [load_of(self._model, base)], weight)
+        draft.rotates = True
+        full = load_of(self._model, base)
+        full.num_rotating, full.rotating_tokens = rotation.num_full, rotation.full_tokens
+        prediction = predict(
+            self._model, [full], swap_tokens=view.swap_tokens, prefill_weight=weight
+        )
+        draft.rate = prediction.tokens_per_s
+        token_s = draft.prediction.step_s * rotation_steps(self._model)
+        if rotation.rows and token_s > self._config.tpot_limit_s:
+            draft.within_limit = False
+        return draft
 
     def _best_asymmetric(
         self, view: StepView, budget: int, weight: float, baseline: Draft
@@ -124,6 +162,7 @@ class StepFormer:
         prefix = prefix_sums([request.num_tokens for request in view.cdec])
         windows = hidden_windows(self._model, load, prefix)
         hidden = hidden_in_one(self._model, load, prefix)
+        lost = lost_tokens(self._model, view.cdec)
         best: Draft | None = None
         marks = {windows.num_second, windows.num_hidden, hidden}
         for num_rows in self._row_counts(view, base, marks):
@@ -132,6 +171,9 @@ class StepFormer:
             options = [(one, None), (dealt_loads(load, prefix, deal), deal)]
             for loads, dealt in options if num_rows else options[:1]:
                 draft = self._draft(view, [base], admitted, loads, weight)
+                if lost[num_rows]:
+                    prediction = draft.prediction
+                    draft.rate = prediction.tokens_per_s - lost[num_rows] / prediction.step_s
                 if best is None or draft.merit > best.merit:
                     best, chosen, rows = draft, dealt, num_rows
         assert best is not None

@@ -14,7 +14,7 @@ class StepView:
 
     Args:
         gdec: Device-resident requests that decode; all of them do.
-        cdec: Host-resident ones that could, by their right to.
+        cdec: Host-resident ones that could, by their right to; some may be rotating.
         prefilling: Requests on either side whose prompt is not finished, in order of arrival.
         waiting: Requests without blocks, in order of arrival.
         num_running: Requests with blocks.
@@ -52,28 +52,37 @@ class StepView:
 
 @dataclass(slots=True, kw_only=True)
 class Draft:
-    """A step that could be: rows, requests it starts and where, and what it is worth."""
+    """A step that could be: rows, requests it starts and where, and what it is worth.
+
+    `rate` is the tokens a second to compare by where the step's own do not tell: of a rotation that
+    only begins, or of a step for which rows give up the layers that they are through. `rotates`
+    says that it is one of overlap mode.
+    """
 
     sub_batches: list[SubBatch]
     admitted: list[tuple[Request, Placement]] = field(default_factory=list)
     prediction: StepPrediction
     within_limit: bool = True
+    rate: float | None = None
+    rotates: bool = False
 
     @property
     def mode(self) -> StepMode:
-        """Asymmetric as soon as one row is host-resident."""
+        """GPU-only without host-resident rows."""
+        if self.rotates:
+            return StepMode.OVERLAP
         has_host_rows = any(s.cdec or s.cprf for s in self.sub_batches)
         return StepMode.ASYMMETRIC if has_host_rows else StepMode.GPU_ONLY
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is computed."""
-        return not any(s.scheduled for s in self.sub_batches)
+        return all(s.is_empty for s in self.sub_batches)
 
     @property
     def merit(self) -> tuple[bool, float]:
         """What drafts are compared by: the limit first, then the rate."""
-        return self.within_limit, self.prediction.tokens_per_s
+        return self.within_limit, self.prediction.tokens_per_s if self.rate is None else self.rate
 
 
 @dataclass(frozen=True, slots=True)

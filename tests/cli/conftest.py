@@ -50,7 +50,7 @@ def tiny_chat(default_model_folder: Path, tmp_path_factory: pytest.TempPathFacto
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(default_model_folder / name, folder)
     config = json.loads((default_model_folder / "config.json").read_text())
-    changes = {"num_hidden_layers": 1, "max_position_embeddings": 512}
+    changes = {"num_hidden_layers": 1, "max_position_embeddings": 20_000}
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     return folder
 

@@ -146,7 +146,7 @@ def test_what_the_model_does_not_allow(neo: Neo, tiny_options) -> None:
     assert "with a context of 64 tokens it may have 63" in error(
         "--max-model-len", 64, "--raw", "word " * 80
     )
-    assert "max_model_len must be at most 512" in error("--max-model-len", 513, "x")
+    assert "max_model_len must be at most 20000" in error("--max-model-len", 20_001, "x")
     assert "--device-kv-blocks" in error("--device-kv-blocks", 2, "--max-model-len", 100, "x")
     no_blocks = ["--model", tiny_options[1], "--load-format", "dummy", "--host-kv-gb", "0.000001"]
     assert "less than one KV block" in neo("generate", *no_blocks, "x").error_line

@@ -9,7 +9,10 @@ import sys
 import pytest
 
 NEO = [sys.executable, "-m", "neo_cli.main"]
-ENDLESS = ["--max-tokens", 400, "--ignore-eos", "--logit-bias", "28=100"]
+ENDLESS = [
+    *["--max-tokens", 15_000, "--device-kv-blocks", 1024],
+    *["--ignore-eos", "--logit-bias", "28=100"],
+]
 
 
 def start(*arguments: object, **options) -> subprocess.Popen:

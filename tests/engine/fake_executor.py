@@ -1,8 +1,8 @@
 """Stands for the model, the two memories and the clock: what is in which block, and what if not."""
 
-from engine.cost_model import CostModel, load_of, predict
+from engine.cost_model import CostModel, load_of, predict, rotation_steps
 from engine.kv_blocks import BlockPool
-from engine.request import Placement, RequestState
+from engine.request import Placement, Request, RequestState
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.step_plan import StepMode, StepPlan, Swap
 
@@ -29,6 +29,8 @@ class FakeExecutor:
         self.cost_model = cost_model
         self.time_s = 0.0
         self.memory: dict[Block, Content] = {}
+        self.rotation: dict[Request, int] = {}
+        """Layers whose attention the CPU has computed since the last overlap step."""
 
     def execute(self, plan: StepPlan) -> list[int]:
         self.check_rows(plan)
@@ -38,33 +40,46 @@ class FakeExecutor:
         for request in plan.preempted:
             assert (request.state is RequestState.RUNNING) == (request in scheduled)
             assert request.num_computed_tokens == 0
-        for swap in plan.swaps_out:
-            self.move(swap, Placement.DEVICE, Placement.HOST)
-        for swap in plan.swaps_in:
-            self.move(swap, Placement.HOST, Placement.DEVICE)
+        self.move_blocks(plan)
         for sub_batch in plan.sub_batches:
             for item in sub_batch.scheduled:
                 self.compute(item)
+        self.rotate(plan)
         assert plan.prediction is not None
         self.time_s += plan.prediction.step_s
         return [item.end for item in plan.sampling]
 
+    def move_blocks(self, plan: StepPlan) -> None:
+        for swap in plan.swaps_out:
+            self.move(swap, Placement.DEVICE, Placement.HOST)
+        for swap in plan.swaps_in:
+            self.move(swap, Placement.HOST, Placement.DEVICE)
+
     def check_rows(self, plan: StepPlan) -> None:
-        scheduled = plan.scheduled
+        scheduled = [item for s in plan.sub_batches for item in s.resident]
+        scheduled += [row.share for row in plan.rotating]
         requests = {item.request for item in scheduled}
         assert len(requests) == len(scheduled) <= self.limits.max_num_seqs
         restarted = set(plan.preempted) & requests
         assert not restarted or all(item.start == 0 for item in scheduled)
-        assert 0 < plan.num_tokens <= self.limits.max_num_batched_tokens
+        assert 0 < sum(i.num_tokens for i in scheduled) <= self.limits.max_num_batched_tokens
         for sub_batch in plan.sub_batches:
-            assert sub_batch.scheduled
+            assert not sub_batch.is_empty
             assert all(item.num_tokens == 1 for item in sub_batch.gdec + sub_batch.cdec)
             for item in sub_batch.gdec + sub_batch.gprf:
                 assert item.request.placement is Placement.DEVICE
             for item in sub_batch.cdec + sub_batch.cprf:
                 assert item.request.placement is Placement.HOST
         host_rows = any(s.cdec or s.cprf for s in plan.sub_batches)
-        assert (plan.mode is StepMode.ASYMMETRIC) == host_rows
+        if plan.mode is StepMode.OVERLAP:
+            assert not any(s.cdec for s in plan.sub_batches)
+            assert len(plan.sub_batches) == 1
+            assert plan.rotating or self.limits.mode == "overlap"
+        else:
+            assert not plan.rotating
+            assert (plan.mode is StepMode.ASYMMETRIC) == host_rows
+        assert self.limits.mode != "overlap" or plan.mode is not StepMode.ASYMMETRIC
+        assert self.limits.mode != "asymmetric" or plan.mode is not StepMode.OVERLAP
         assert len(plan.sub_batches) <= (2 if host_rows else 1)
         assert not any(s.gdec or s.gprf or s.cprf for s in plan.sub_batches[1:])
 
@@ -76,11 +91,13 @@ class FakeExecutor:
         again = predict(self.cost_model, loads, swap_tokens=moved)
         assert abs(again.step_s - plan.prediction.step_s) <= 1e-9 * again.step_s
         baseline, limit_s = plan.gpu_only_prediction, self.limits.tpot_limit_s
-        if baseline is None or self.limits.mode == "asymmetric" or plan.forced:
+        if baseline is None or self.limits.mode in ("asymmetric", "overlap") or plan.forced:
             return
-        if plan.prediction.step_s > limit_s and plan.num_decodes:
+        steps = rotation_steps(self.cost_model) if plan.rotating else 1
+        if plan.prediction.step_s * steps > limit_s and (plan.num_decodes or plan.rotating):
             assert baseline.step_s > limit_s
-        if baseline.step_s <= limit_s:
+        # A rotation that is not full yet is chosen for what it will be.
+        if baseline.step_s <= limit_s and not plan.rotating:
             assert plan.prediction.tokens_per_s >= baseline.tokens_per_s * (1 - 1e-9)
 
     def move(self, swap: Swap, source: Placement, target: Placement) -> None:
@@ -95,6 +112,21 @@ class FakeExecutor:
         assert tuple(pool.block_table(request.request_id)[:num_blocks]) == blocks[target]
         for old, new in zip(blocks[source], blocks[target], strict=True):
             self.memory[target, new] = self.memory.pop((source, old))
+
+    def rotate(self, plan: StepPlan) -> None:
+        """Every row goes on where the last overlap step left it, with its place in the cache."""
+        host = self.pools[Placement.HOST]
+        before, self.rotation = self.rotation, {} if plan.rotating else self.rotation
+        for row in plan.rotating:
+            request = row.share.request
+            assert request.placement is Placement.HOST
+            assert row.layer is None or row.layer == before[request]
+            assert row.samples == (row.next_layer == self.cost_model.num_layers)
+            assert host is not None
+            assert len(host.block_table(request.request_id)) * host.block_size >= row.share.end
+            if not row.samples:
+                assert row.share.start == request.num_computed_tokens
+                self.rotation[request] = row.next_layer
 
     def compute(self, item) -> None:
         """Every earlier token must be in its place; the new ones follow without a gap."""

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.cost_model import rotation_steps
 from engine.kv_blocks import BlockPool
 from engine.request import FinishReason, Placement, Request, RequestState
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler_config import MODES
 from engine.step_plan import StepMode, StepPlan
 from tests.engine.cost_tables import COST_MODELS
 from tests.engine.fake_executor import FakeExecutor
@@ -62,6 +64,7 @@ class Run:
         num_tokens = sum(a.num_prompt + a.max_tokens for a in arrivals)
         self.most_skipped = max(limits.max_skipped_steps, limits.max_parked_steps) + len(arrivals)
         self.most_steps = 100 + num_tokens * len(arrivals) * (self.most_skipped + 1)
+        self.most_steps *= rotation_steps(cost_model)
 
     def serve(self) -> None:
         step = 0
@@ -74,7 +77,9 @@ class Run:
             if step in self.failing_steps and not plan.is_empty:
                 self.complete()
                 self.fail(plan)
-            elif not plan.is_empty:
+            elif plan.is_empty:
+                self.executor.move_blocks(plan)
+            else:
                 tokens = self.executor.execute(plan)
                 self.scheduler.begin_step(plan)
                 self.complete()
@@ -113,8 +118,8 @@ class Run:
         """Every second request of the step is aborted; the others start again."""
         self.scheduler.abandon_step(plan)
         self.check_pools()
-        for item in plan.scheduled[::2]:
-            self.abort(item.request)
+        for request in plan.requests[::2]:
+            self.abort(request)
 
     def check_pools(self) -> None:
         for pool in self.pools:
@@ -167,7 +172,7 @@ SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large]
     spare_blocks=st.integers(0, 20),
     max_num_seqs=st.integers(1, 8),
     spare_tokens=st.integers(0, 40),
-    mode=st.sampled_from(["auto", "gpu-only", "asymmetric"]),
+    mode=st.sampled_from(MODES),
     cost_model=COST_MODELS,
     ahead=st.booleans(),
     lookahead=st.booleans(),
@@ -211,7 +216,7 @@ def test_any_load_on_device_and_host(data, arrivals, cost_model) -> None:
     limits = SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + data.draw(st.integers(0, 40)),
-        mode=data.draw(st.sampled_from(["auto", "asymmetric"])),
+        mode=data.draw(st.sampled_from(["auto", "asymmetric", "overlap"])),
         tpot_limit_ms=data.draw(st.none() | st.sampled_from([0.01, 0.3, 1.0, 10.0])),
         min_offload_gain=data.draw(st.sampled_from([1.0, 1.05, 2.0])),
         policy_interval_steps=data.draw(st.integers(1, 8)),

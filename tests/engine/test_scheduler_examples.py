@@ -193,7 +193,7 @@ def test_after_a_failed_step_what_was_not_aborted_starts_again() -> None:
     [
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, r"at least max_num_seqs \(9\), got 8"),
-        ({"mode": "gpu"}, "mode must be one of auto, gpu-only, asymmetric, got gpu"),
+        ({"mode": "gpu"}, "mode must be one of auto, gpu-only, asymmetric, overlap, got gpu"),
         ({"tpot_limit_ms": 0}, "tpot_limit_ms must be above 0, got 0"),
         ({"min_offload_gain": 0.9}, "min_offload_gain must be at least 1, got 0.9"),
         ({"policy_interval_steps": 0}, "policy_interval_steps must be at least 1, got 0"),

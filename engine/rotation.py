@@ -1,0 +1,123 @@
+"""Where rotating rows leave things between steps: the residual stream, and the CPU's answer.
+
+The runner's book-keeping for overlap mode. It forgets a request as soon as a plan shows that it no
+longer rotates; its token then starts again at the first layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.request import Request
+from engine.step_plan import RotatingRow, StepPlan
+
+_MAX_SEGMENTS = 4
+"""Hand-overs of a step. With four, each answer may take half a step longer than its share of it."""
+
+
+@dataclass(slots=True)
+class _Place:
+    """Of a row's residual stream, and of its answer among its segment's."""
+
+    slot: int
+    answer: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotationPlaces:
+    """A step's rotating rows in the order of the layers they rejoin at, and their places.
+
+    Args:
+        rows: In that order.
+        bounds: See `RotatingRows`.
+        segments: See `RotatingRows`.
+        slots: Of the residual streams.
+        answers: See `RotatingRows`.
+        residuals: See `RotatingRows`.
+    """
+
+    rows: Sequence[RotatingRow]
+    bounds: Sequence[int]
+    segments: Sequence[range]
+    slots: Sequence[int]
+    answers: Sequence[int]
+    residuals: torch.Tensor
+
+
+class Rotation:
+    """The rows that rotate.
+
+    Args:
+        num_layers: Of the model.
+        max_rows: Most rows that rotate at once.
+        like: Any tensor `[..., H]` with the residual stream's width, dtype and device.
+    """
+
+    def __init__(self, num_layers: int, max_rows: int, like: torch.Tensor) -> None:
+        self._residuals = like.new_zeros(max_rows, like.shape[-1])
+        self._num_layers = num_layers
+        self._segments = rotation_segments(num_layers)
+        self._free = list(range(max_rows - 1, -1, -1))
+        self._places: dict[Request, _Place] = {}
+
+    def forget_leavers(self, plan: StepPlan) -> bool:
+        """Forget who rotated and does not go on, now or in a later step.
+
+        Returns:
+            Whether there was anybody: the CPU may still be attending to them.
+        """
+        going_on = {row.share.request for row in plan.rotating if row.layer is not None}
+        if not plan.rotating:
+            going_on = {r for r in self._places if r.rotation_layer is not None}
+        leavers = [request for request in self._places if request not in going_on]
+        for request in leavers:
+            self._forget(request)
+        return bool(leavers)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        for request in list(self._places):
+            self._forget(request)
+
+    def advance(self, rows: Sequence[RotatingRow]) -> RotationPlaces:
+        """Return where a step finds the rows' things, and remember where it will leave them.
+
+        Args:
+            rows: Those that have a layer were part of the last overlap step, at the layer before.
+        """
+        ordered = sorted(rows, key=lambda row: row.next_layer)
+        layers = [row.next_layer for row in ordered]
+        bounds = [0]
+        for layer in range(self._num_layers + 1):
+            bounds.append(bounds[-1] + layers.count(layer))
+        for row in ordered:
+            if row.layer is None:
+                self._places[row.share.request] = _Place(self._free.pop())
+        places = [self._places[row.share.request] for row in ordered]
+        found = RotationPlaces(
+            rows=ordered,
+            bounds=bounds,
+            segments=self._segments,
+            slots=[place.slot for place in places],
+            answers=[place.answer for place in places],
+            residuals=self._residuals,
+        )
+        for segment in self._segments:
+            first = bounds[segment.start]
+            for index in range(first, bounds[segment.stop]):
+                places[index].answer = index - first
+        for row in ordered:
+            if row.samples:
+                self._forget(row.share.request)
+        return found
+
+    def _forget(self, request: Request) -> None:
+        self._free.append(self._places.pop(request).slot)
+
+
+def rotation_segments(num_layers: int) -> list[range]:
+    """Cut layers into segments of nearly equal length."""
+    count = min(_MAX_SEGMENTS, num_layers)
+    ends = [num_layers * (i + 1) // count for i in range(count)]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
