@@ -94,6 +94,7 @@ class Rotation:
         for row in ordered:
             if row.layer is None:
                 self._places[row.share.request] = _Place(self._free.pop())
+            assert row.share.request in self._places, "a row goes on that has not begun"
         places = [self._places[row.share.request] for row in ordered]
         found = RotationPlaces(
             rows=ordered,

@@ -12,7 +12,8 @@ class EngineStats:
     """Totals over all steps; times in seconds.
 
     `prefill_tokens` and `decode_tokens` went through the model. `rows` counts rows by kind:
-    tokens for `gprf` and `cprf`, requests for `gdec` and `cdec`. `predicted_step_time_s` adds up
+    tokens for `gprf` and `cprf`, requests for `gdec` and `cdec`, and for `rotating`, whose rows go
+    through one layer a step. `predicted_step_time_s` adds up
     only steps that had a prediction, and `matched_step_time_s` is the measured time of the same.
     """
 
@@ -45,6 +46,7 @@ class EngineStats:
         for sub_batch in plan.sub_batches:
             self.rows["gdec"] += len(sub_batch.gdec)
             self.rows["cdec"] += len(sub_batch.cdec)
+            self.rows["rotating"] += len(sub_batch.rotating)
             self.rows["gprf"] += sum(item.num_tokens for item in sub_batch.gprf)
             self.rows["cprf"] += sum(item.num_tokens for item in sub_batch.cprf)
         self.decode_tokens += plan.num_decodes

@@ -17,8 +17,10 @@ def step_fields(plan: StepPlan) -> dict[str, Any]:
                 "gprf": sum(item.num_tokens for item in s.gprf),
                 "cprf": sum(item.num_tokens for item in s.cprf),
                 "cdec": len(s.cdec),
+                "rotating": len(s.rotating),
                 "gdec_tokens": sum(item.end for item in s.gdec),
                 "cdec_tokens": sum(item.end for item in s.cdec),
+                "rotating_tokens": sum(row.share.end for row in s.rotating),
             }
             for s in plan.sub_batches
         ],

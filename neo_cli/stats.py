@@ -5,7 +5,7 @@ import sys
 from engine.llm_engine import LLMEngine
 from neo_cli.two_columns import print_two_columns
 
-ROW_KINDS = ("gdec", "gprf", "cdec", "cprf")
+ROW_KINDS = ("gdec", "gprf", "cdec", "cprf", "rotating")
 
 
 def stats_dict(engine: LLMEngine) -> dict[str, float | int | str]:

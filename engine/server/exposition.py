@@ -18,7 +18,7 @@ from engine.step_plan import StepMode
 PREFIX = "neo:"
 ENGINE_ID = "0"
 _LABELS = ("model_name", "engine")
-_ROW_KINDS = ("gdec", "gprf", "cprf", "cdec")
+_ROW_KINDS = ("gdec", "gprf", "cprf", "cdec", "rotating")
 
 
 class MetricsCollector(Collector):

@@ -9,12 +9,16 @@ from engine.step_plan import StepPlan, StepPrediction, SubBatch
 
 
 class RowCounts(NamedTuple):
-    """Rows of a sub-batch by kind: requests for the decodes, tokens for the prefills."""
+    """Rows of a sub-batch by kind: requests for the decodes, tokens for the prefills.
+
+    `rotating` decodes go through one layer a step.
+    """
 
     gdec: int
     gprf: int
     cprf: int
     cdec: int
+    rotating: int
 
 
 class Prediction(NamedTuple):
@@ -116,6 +120,7 @@ def _row_counts(sub_batch: SubBatch) -> RowCounts:
         gprf=sum(item.num_tokens for item in sub_batch.gprf),
         cprf=sum(item.num_tokens for item in sub_batch.cprf),
         cdec=len(sub_batch.cdec),
+        rotating=len(sub_batch.rotating),
     )
 
 

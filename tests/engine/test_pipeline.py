@@ -103,6 +103,7 @@ class RandomPolicy:
         for _ in range(1000):
             plan = self.plan()
             if plan.is_empty:
+                self.runner.move(plan)
                 if all(request.is_finished for request in self.requests):
                     break
                 continue
