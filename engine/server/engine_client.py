@@ -17,7 +17,7 @@ from engine.errors import NeoError, RequestError
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.server.api_errors import engine_failure, from_request_error
-from engine.server.engine_process import run_engine
+from engine.server.engine_entry import engine_entry
 from engine.server.generation import Generation
 from engine.server.metrics import Metrics, RequestTrack
 from engine.server.step_record import StepRecord
@@ -81,7 +81,7 @@ class EngineClient(asyncio.Protocol):
         """
         ours, theirs = socket.socketpair()
         self._process = multiprocessing.get_context("spawn").Process(
-            target=run_engine, args=(theirs, time.monotonic(), log_json), name="neo-engine"
+            target=engine_entry, args=(theirs, time.monotonic(), log_json), name="neo-engine"
         )
         self._process.start()
         theirs.close()
