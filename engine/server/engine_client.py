@@ -143,10 +143,12 @@ class EngineClient(asyncio.Protocol):
             generation.fail(error)
 
     async def stop(self) -> None:
-        """End the engine process, at last by force."""
+        """End the engine process, at last by force; while it still loads, by force at once."""
         self._is_stopping = True
         if self._process is None:
             return
+        if not self._ready.done():  # it has nothing to finish, and may be long in hearing of it
+            self._process.kill()
         self._write(Stop())
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.gone.wait(), _LEAVE_S)
