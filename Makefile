@@ -86,16 +86,16 @@ test-gpu:  ## Run every test that needs a GPU; fails if one was skipped
 	@$(GPU_BUILD)
 	@$(GPU_PYTHON) -m tests.run_gpu_tests $(TEST_ARGS)
 
-sanitize:  ## Run the C++ tests of thread pool and service under sanitizers
-	@mkdir -p build
+sanitize: $(SANITIZERS:%=build/sanitize-%)  ## Run the C++ tests of thread pool and service under sanitizers
 	@for kind in $(SANITIZERS); do \
-	  echo "$$kind sanitizer" && \
-	  $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fsanitize=$$kind \
-	    -fno-sanitize-recover=all -Icpu_kernels/csrc $(SANITIZED) $(CPP_TESTS)/*.cpp \
-	    -o build/sanitize-$$kind || \
-	    { echo "make: if the $$kind sanitizer's runtime is missing: on Debian and Ubuntu, apt-get install g++ brings it" >&2; exit 1; } ; \
-	  build/sanitize-$$kind || exit 1; \
+	  echo "$$kind sanitizer" && build/sanitize-$$kind || exit 1; \
 	done
+
+build/sanitize-%: $(CXX_SOURCES) Makefile
+	@mkdir -p build
+	@$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fsanitize=$* \
+	  -fno-sanitize-recover=all -Icpu_kernels/csrc $(SANITIZED) $(CPP_TESTS)/*.cpp -o $@ || \
+	  { echo "make: if the $* sanitizer's runtime is missing: on Debian and Ubuntu, apt-get install g++ brings it" >&2; exit 1; }
 
 bench: build  ## Measure the CPU kernels beside plain reading of memory
 	@$(BIN)/neo build-kernels --bench

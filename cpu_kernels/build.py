@@ -9,11 +9,13 @@ appear complete or not at all.
 import contextlib
 import fcntl
 import importlib.util
+import os
 import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -263,9 +265,18 @@ def _build_from_objects(temp: Path, cxx: Path, objects: Path, report: CommandLog
     """Compile the C++ sources and link them with prebuilt ISPC objects into `temp/result`."""
     result = temp / "result"
     shutil.copytree(objects, result / "ispc")
-    sources = [str(path) for path in source_files() if path.suffix == ".cpp"]
-    linked = [str(path) for path in sorted((result / "ispc").glob("*.o"))]
     folders = [f"-I{path}" for path in (SOURCE_DIR / "csrc", result / "ispc")]
     folders += [f"-isystem{path}" for path in include_dirs()]
-    command = [str(cxx), *CXX_FLAGS, "-fPIC", "-shared", "-pthread", *folders, *sources, *linked]
+
+    def compile_source(source: Path) -> str:
+        output = str(temp / f"{source.stem}.o")
+        command = [str(cxx), *CXX_FLAGS, "-fPIC", "-pthread", *folders, "-c", str(source)]
+        report.run([*command, "-o", output])
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = [path for path in source_files() if path.suffix == ".cpp"]
+        compiled = list(pool.map(compile_source, sources))
+    linked = [str(path) for path in sorted((result / "ispc").glob("*.o"))]
+    command = [str(cxx), "-shared", "-pthread", *compiled, *linked]
     report.run([*command, "-o", str(result / MODULE_FILE)])

@@ -18,7 +18,6 @@ from engine.prompt_encoder import load_prompt_encoder
 from engine.request import FinishReason, Request
 from engine.request_limits import RequestLimits
 from engine.runner import ModelRunner
-from engine.sampler import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.stats import EngineStats
@@ -28,6 +27,7 @@ from engine.step_plan import StepPlan
 from engine.structured_output import StructuredOutput
 from engine.structured_output.compiler import GrammarCompiler
 from engine.structured_output.matcher import GrammarMatcher
+from engine.token_logprobs import TokenLogprobs
 
 _News = tuple[Request, TokenLogprobs | None]
 """A request that got a token, and the token's log-probabilities if they were asked for."""

@@ -6,7 +6,7 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.outputs import CompletionOutput, RequestOutput, request_metrics
 from engine.prompt_scoring import PromptScores
 from engine.request import Request
-from engine.sampler import TokenLogprobs
+from engine.token_logprobs import TokenLogprobs
 
 
 @dataclass(slots=True)

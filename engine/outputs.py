@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from engine.request import Request
-from engine.sampler import TokenLogprobs
+from engine.token_logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

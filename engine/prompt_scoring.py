@@ -10,7 +10,7 @@ import torch
 
 from engine.batch import ScoredRows
 from engine.models import DecoderModel, FinalStates
-from engine.sampler import TokenLogprobs
+from engine.token_logprobs import TokenLogprobs
 
 MAX_PIECE_BYTES = 64 * 2**20
 """Of float32 logits; a few times as much is taken while they are looked at."""

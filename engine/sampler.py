@@ -15,26 +15,10 @@ import torch
 
 from engine.request import Request
 from engine.structured_output.mask import forbid_tokens
+from engine.token_logprobs import TokenLogprobs
 from engine.transfer import HostCopy, to_device, to_host
 
 _MASK_64 = 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position, before penalties, bias, temperature or truncation.
-
-    Args:
-        token_id: The sampled token.
-        logprob: Its log-probability.
-        rank: Its rank among all tokens, 1 is the likeliest.
-        top: The likeliest tokens and their log-probabilities, best first.
-    """
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ import torch
 
 from engine.backends.base import Backend
 from engine.backends.cpu import CpuBackend
-from engine.backends.cuda import CudaBackend
 from engine.errors import ConfigError
 
 
@@ -42,5 +41,7 @@ def make_backend(device: torch.device, num_threads: int | None) -> Backend:
         ConfigError: The CPU kernels are needed and not built.
     """
     if device.type == "cuda":
+        from engine.backends.cuda import CudaBackend  # noqa: PLC0415 (Triton)
+
         return CudaBackend(device, num_threads)
     return CpuBackend(num_threads)

@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # the server's HTTP process opens checkpoints before it needs either, if ever
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class Checkpoint(ABC):
     generation_config: dict[str, Any]
 
     @abstractmethod
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer, with its chat template if the checkpoint has one.
 
         Raises:
@@ -43,7 +44,7 @@ class Checkpoint(ABC):
         """Return the Hugging Face names of all tensors, in the order they are stored."""
 
     @abstractmethod
-    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def read(self, name: str, device: "torch.device | str" = "cpu") -> "torch.Tensor":
         """Read one tensor.
 
         Args:
@@ -58,7 +59,7 @@ class Checkpoint(ABC):
             CheckpointError: There is no such tensor, or its data are broken.
         """
 
-    def tensors(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, device: "torch.device | str" = "cpu") -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield every tensor with its name, one at a time, as `read` returns it.
 
         Raises:

@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from engine.checkpoint.folder_checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
 from engine.checkpoint.gguf_checkpoint import GGUFCheckpoint, open_gguf
@@ -107,10 +105,12 @@ def _convert(source: Path, folder: Path, progress: Progress | None) -> None:
 
 
 def _write_folder(checkpoint: GGUFCheckpoint, folder: Path, progress: Progress | None) -> None:
+    from safetensors.torch import save_file  # noqa: PLC0415 (torch; not needed once converted)
+
     names = checkpoint.tensor_names()
     tensors = {}
     for done, name in enumerate(names, start=1):
-        tensors[name] = checkpoint.read(name).to(torch.float32)
+        tensors[name] = checkpoint.read(name).float()
         if progress:
             progress(done, len(names))
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})

@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from engine.checkpoint.checkpoint import Checkpoint
 from engine.checkpoint.folder_tokenizer import load_folder_tokenizer
 from engine.checkpoint.json_file import read_json_object
 from engine.checkpoint.safetensors_files import SafetensorsFiles, find_safetensors
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:  # see `engine.checkpoint.checkpoint`
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -27,7 +29,7 @@ class FolderCheckpoint(Checkpoint):
 
     weights: SafetensorsFiles | None
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer's files; see `Checkpoint.load_tokenizer`."""
         return load_folder_tokenizer(self.path)
 
@@ -35,13 +37,13 @@ class FolderCheckpoint(Checkpoint):
         """Return the names of all tensors, file by file; none with dummy weights."""
         return list(self.weights.files) if self.weights else []
 
-    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def read(self, name: str, device: "torch.device | str" = "cpu") -> "torch.Tensor":
         """Read one tensor straight to the device; see `Checkpoint.read`."""
         if self.weights is None:
             raise CheckpointError(f"{self.path} was opened without weights; cannot read {name}")
         return self.weights.read(name, device)
 
-    def tensors(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, device: "torch.device | str" = "cpu") -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield all tensors, opening each file once; see `Checkpoint.tensors`."""
         if self.weights is not None:
             yield from self.weights.tensors(device)

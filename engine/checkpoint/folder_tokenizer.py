@@ -1,10 +1,12 @@
 """The tokenizer files of a model folder."""
 
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:  # see `engine.checkpoint.checkpoint`
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILE = "tokenizer.json"
 NO_LENGTH_LIMIT = 10**30  # what transformers takes for none
@@ -12,7 +14,7 @@ NO_LENGTH_LIMIT = 10**30  # what transformers takes for none
 CONVERTIBLE_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
-def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a folder, without executing code of the model and without network.
 
     tokenizer.json is taken as it is: the classes that transformers has for single models may
@@ -22,15 +24,18 @@ def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: No tokenizer file is there, or it cannot be read.
     """
+    import transformers  # noqa: PLC0415 (heavy)
+
     is_convertible = any((folder / name).is_file() for name in CONVERTIBLE_FILES)
     try:
         if (folder / TOKENIZER_FILE).is_file():
-            fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+            fast: PreTrainedTokenizerBase = transformers.PreTrainedTokenizerFast.from_pretrained(
                 folder, local_files_only=True, model_max_length=NO_LENGTH_LIMIT
             )
             return fast
         if is_convertible:
-            converted: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            # Only here: to look AutoTokenizer up imports torch and much of transformers.
+            converted: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, model_max_length=NO_LENGTH_LIMIT
             )
             return converted

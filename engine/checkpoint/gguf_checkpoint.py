@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from engine.checkpoint.checkpoint import Checkpoint
 from engine.checkpoint.gguf_config import gguf_architecture, gguf_config, gguf_generation_config
@@ -12,6 +10,10 @@ from engine.checkpoint.gguf_file import GGUFFile
 from engine.checkpoint.gguf_tensors import hugging_face_names, read_gguf_tensor
 from engine.checkpoint.gguf_tokenizer import gguf_tokenizer
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:  # see `engine.checkpoint.checkpoint`
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,7 @@ class GGUFCheckpoint(Checkpoint):
     file: GGUFFile
     names: dict[str, str]
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Build the tokenizer from the file's metadata; see `Checkpoint.load_tokenizer`."""
         return gguf_tokenizer(self.file)
 
@@ -34,7 +36,7 @@ class GGUFCheckpoint(Checkpoint):
         """Return the Hugging Face names of all tensors, in the order they are stored."""
         return list(self.names)
 
-    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def read(self, name: str, device: "torch.device | str" = "cpu") -> "torch.Tensor":
         """Dequantise one tensor on the CPU and move it; see `Checkpoint.read`."""
         if name not in self.names:
             raise CheckpointError(f"{self.path}: there is no tensor {name}")

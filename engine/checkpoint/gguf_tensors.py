@@ -1,14 +1,17 @@
 """From GGUF tensors to Hugging Face's: names, row order and element type."""
 
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType, dequantize
 from numpy.typing import NDArray
 
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:  # see `engine.checkpoint.checkpoint`
+    import torch
 
 GLOBAL_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -62,7 +65,7 @@ def _translate(name: str) -> str | None:
     return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{kind}"
 
 
-def read_gguf_tensor(file: GGUFFile, name: str, num_permuted_heads: int | None) -> torch.Tensor:
+def read_gguf_tensor(file: GGUFFile, name: str, num_permuted_heads: int | None) -> "torch.Tensor":
     """Read one tensor.
 
     Args:
@@ -78,6 +81,8 @@ def read_gguf_tensor(file: GGUFFile, name: str, num_permuted_heads: int | None) 
         CheckpointError: The quantisation type is unknown to the `gguf` package, or the number of
             heads does not fit.
     """
+    import torch  # noqa: PLC0415 (heavy; opening a file needs none of it)
+
     tensor, rows = file.tensors[name], file.rows(name)
     if len(tensor.shape) == 1 and num_permuted_heads:  # a bias: one element a row
         rows = rows.reshape(tensor.shape[0], -1)

@@ -5,16 +5,19 @@ tokens, BOS and EOS, the chat template.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from engine.checkpoint.gguf_byte_bpe import PRE_TOKENIZERS, byte_bpe_tokenizer
 from engine.checkpoint.gguf_config import special_token_ids
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.checkpoint.gguf_sentencepiece import sentencepiece_tokenizer
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:  # see `engine.checkpoint.checkpoint`
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,14 @@ class _Parts:
     adds_bos: bool
 
 
-def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
+def gguf_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerFast":
     """Build the tokenizer that the file describes.
 
     Raises:
         CheckpointError: There is none, it is incomplete, or of an unsupported kind.
     """
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 (heavy)
+
     metadata = file.metadata
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:

@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.checkpoint.json_file import read_json_object
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:  # see `engine.checkpoint.checkpoint`
+    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,7 +30,7 @@ class SafetensorsFiles:
 
     files: dict[str, Path]
 
-    def read(self, name: str, device: torch.device | str) -> torch.Tensor:
+    def read(self, name: str, device: "torch.device | str") -> "torch.Tensor":
         """Read one tensor straight to the device.
 
         Raises:
@@ -38,7 +41,7 @@ class SafetensorsFiles:
             raise CheckpointError(f"the safetensors files in {folder} hold no tensor {name}")
         return next(_read(self.files[name], [name], device))[1]
 
-    def tensors(self, device: torch.device | str) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, device: "torch.device | str") -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield all tensors, file by file.
 
         Raises:
@@ -111,15 +114,15 @@ def _indexed(folder: Path) -> SafetensorsFiles:
 def _names(path: Path) -> list[str]:
     """Read a file's header; safetensors compares it with the file's size as well."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:  # "pt" would import torch
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise _broken(path, error) from error
 
 
 def _read(
-    path: Path, names: list[str], device: torch.device | str
-) -> Iterator[tuple[str, torch.Tensor]]:
+    path: Path, names: list[str], device: "torch.device | str"
+) -> Iterator[tuple[str, "torch.Tensor"]]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in names:

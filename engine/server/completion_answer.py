@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from engine.sampler import TokenLogprobs
 from engine.server.answer import Answer, AnswerHead, finish_fields
 from engine.server.generation import ChoiceDelta
 from engine.server.logprob_format import completion_logprobs, prompt_logprobs
 from engine.server.token_texts import TokenTexts
+from engine.token_logprobs import TokenLogprobs
 
 
 class CompletionAnswer(Answer):

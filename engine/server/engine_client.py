@@ -17,7 +17,7 @@ from engine.errors import NeoError, RequestError
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.server.api_errors import engine_failure, from_request_error
-from engine.server.engine_process import run_engine
+from engine.server.engine_entry import engine_entry
 from engine.server.generation import Generation
 from engine.server.metrics import Metrics, RequestTrack
 from engine.server.step_record import StepRecord
@@ -81,7 +81,7 @@ class EngineClient(asyncio.Protocol):
         """
         ours, theirs = socket.socketpair()
         self._process = multiprocessing.get_context("spawn").Process(
-            target=run_engine, args=(theirs, time.monotonic(), log_json), name="neo-engine"
+            target=engine_entry, args=(theirs, time.monotonic(), log_json), name="neo-engine"
         )
         self._process.start()
         theirs.close()
@@ -143,10 +143,12 @@ class EngineClient(asyncio.Protocol):
             generation.fail(error)
 
     async def stop(self) -> None:
-        """End the engine process, at last by force."""
+        """End the engine process, at last by force; while it still loads, by force at once."""
         self._is_stopping = True
         if self._process is None:
             return
+        if not self._ready.done():  # it has nothing to finish, and may be long in hearing of it
+            self._process.kill()
         self._write(Stop())
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.gone.wait(), _LEAVE_S)

@@ -19,7 +19,7 @@ from engine.server.engine_channel import EngineChannel
 from engine.server.grammar_waiting import GrammarWaiting
 from engine.server.logs import configure_logging
 from engine.server.startup_clock import StartupClock
-from engine.server.step_record import StepRecorder
+from engine.server.step_recorder import StepRecorder
 from engine.server.wire import (
     Abort,
     Add,

@@ -3,8 +3,8 @@
 import asyncio
 from dataclasses import dataclass
 
-from engine.sampler import TokenLogprobs
 from engine.server.wire import Finish, TokenDelta
+from engine.token_logprobs import TokenLogprobs
 
 
 @dataclass(slots=True)

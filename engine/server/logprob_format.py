@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from engine.sampler import TokenLogprobs
 from engine.server.token_texts import TokenTexts
+from engine.token_logprobs import TokenLogprobs
 
 LEAST_LOGPROB = -9999.0
 """What JSON, which has no infinity, shows for a probability of 0."""

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from engine.config import EngineConfig
 from engine.outputs import RequestMetrics
 from engine.request_limits import RequestLimits
-from engine.sampler import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.server.step_record import StepRecord
+from engine.token_logprobs import TokenLogprobs
 
 HEADER = struct.Struct("<I")
 """The length of the pickle that follows."""

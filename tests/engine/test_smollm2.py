@@ -4,6 +4,7 @@ Greedy decoding is checked by one forward pass of transformers over prompt and o
 output token is the argmax after all tokens before it, then greedy decoding gives that output.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,15 @@ def prompts(default_model_folder: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def together(default_model_folder: Path, prompts) -> list[list[int]]:
-    """All prompts in one batch."""
+def llm(default_model_folder: Path) -> Iterator[LLM]:
     with LLM(str(default_model_folder), dtype="float32") as llm:
-        return [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS)]
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def together(llm: LLM, prompts) -> list[list[int]]:
+    """All prompts in one batch."""
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS)]
 
 
 def assert_greedy(reference, prompt: list[int], output: list[int]) -> None:
@@ -57,10 +63,9 @@ def test_equals_transformers(reference, prompts, together) -> None:
 
 
 @pytest.mark.slow
-def test_alone_equals_together(default_model_folder, prompts, together) -> None:
-    with LLM(str(default_model_folder), dtype="float32") as llm:
-        for prompt, expected in list(zip(prompts, together, strict=True))[::4]:
-            assert llm.generate(prompt, PARAMS)[0].outputs[0].token_ids == expected
+def test_alone_equals_together(llm: LLM, prompts, together) -> None:
+    for prompt, expected in list(zip(prompts, together, strict=True))[::4]:
+        assert llm.generate(prompt, PARAMS)[0].outputs[0].token_ids == expected
 
 
 def test_equals_transformers_own_generate(reference, prompts, together) -> None:
@@ -84,7 +89,7 @@ def test_equals_transformers_own_generate(reference, prompts, together) -> None:
     [
         pytest.param({"max_num_seqs": 16, "max_num_batched_tokens": 31}, id="chunked"),
         pytest.param(
-            {"admission_lookahead": False, "device_kv_blocks": 24, "block_size": 16}, id="preempted"
+            {"admission_lookahead": False, "device_kv_blocks": 40, "block_size": 16}, id="preempted"
         ),
         pytest.param(
             {"device_kv_blocks": 60, "host_kv_gb": 0.5, "mode": "asymmetric"}, id="asymmetric"
@@ -103,10 +108,9 @@ def test_limits_and_modes_change_nothing(default_model_folder, prompts, together
         assert llm.engine.runner.pool.num_used == 0
 
 
-def test_chat_answers_with_text(default_model_folder: Path) -> None:
-    with LLM(str(default_model_folder), dtype="float32") as llm:
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        [output] = llm.chat(question, SamplingParams(temperature=0, max_tokens=32))
+def test_chat_answers_with_text(llm: LLM) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    [output] = llm.chat(question, SamplingParams(temperature=0, max_tokens=32))
     assert output.outputs[0].text == "The capital of France is Paris."
     assert output.outputs[0].finish_reason == "stop"
     assert output.outputs[0].stop_reason is None

@@ -7,7 +7,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from engine.sampler import TokenLogprobs
 from engine.server.generation import ClientGoneError, Generation
 from engine.server.histogram import Histogram, one_two_five
 from engine.server.json_text import to_json
@@ -15,6 +14,7 @@ from engine.server.logs import JsonFormatter, TextFormatter
 from engine.server.recent import Recent
 from engine.server.token_texts import TokenTexts
 from engine.server.wire import Finish, TokenDelta
+from engine.token_logprobs import TokenLogprobs
 
 END = Finish("stop", None, None)
 
