@@ -81,7 +81,8 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output, pending ones included."""
-        return len(self.prompt_token_ids) + self.num_output_tokens
+        # Asked for hundreds of times a step, so written out.
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -32,8 +32,9 @@ class HardwareSpec:
         prefill_attention_efficiency: Of causal prefill attention, of the arithmetic.
         cpu_attention_efficiency: Of the CPU's attention, of the bandwidth (125 of 142 GB/s).
         layer_overhead_s: Norms, rotary embedding and activation of one layer.
-        handover_s: Device time of one hand-over (7.5 µs, a spinning kernel in a CUDA graph).
-        launch_s: The host's time to launch one layer of a sub-batch kernel by kernel; 0: no matter.
+        handover_s: Device time of one hand-over, rotating and copying included.
+        launch_s: The host's time to launch one layer of a sub-batch kernel by kernel, as steps are
+            that do more than decode on the device; 0: no matter.
         handover_launch_s: What a hand-over adds to that.
         step_overhead_s: Scheduling, launching and sampling of one step.
         swap_latency_s: Of one copy that moves blocks.
@@ -53,9 +54,9 @@ class HardwareSpec:
     prefill_attention_efficiency: float = 0.5
     cpu_attention_efficiency: float = 0.88
     layer_overhead_s: float = 14e-6
-    handover_s: float = 7.5e-6
-    launch_s: float = 0.0
-    handover_launch_s: float = 0.0
+    handover_s: float = 29e-6
+    launch_s: float = 4.4e-4
+    handover_launch_s: float = 1.5e-4
     step_overhead_s: float = 5e-4
     swap_latency_s: float = 5e-6
 

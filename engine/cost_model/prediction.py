@@ -18,6 +18,10 @@ from engine.cost_model.base import CostModel
 from engine.step_plan import StepPrediction, SubBatch
 
 
+_SWAP_LEAD_LAYERS = 4
+"""Layers whose blocks are moved before the first layer's attention may begin."""
+
+
 @dataclass(slots=True, kw_only=True)
 class SubBatchLoad:
     """A sub-batch as the cost model sees it: numbers only.
@@ -205,7 +209,9 @@ def predict(
     num_decodes = sum(load.num_decodes for load in loads)
     num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads) + sum(visitors)
     swap_s = model.swap_s(swap_tokens)
-    device_s = max(layers_s, copies_s, launch_s) + swap_s + model.fixed_step_s(num_sampled)
+    exposed_swap_s = swap_s if _is_graph(loads) else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
+    device_s = max(layers_s, copies_s, launch_s, swap_s) + min(swap_s, exposed_swap_s)
+    device_s += model.fixed_step_s(num_sampled)
     step_s = max(device_s, rotating_s)
     rotated = sum(load.num_rotating for load in loads) / rotation_steps(model)
     value = num_decodes + rotated + prefill_weight * sum(load.num_prefill_tokens for load in loads)

@@ -148,11 +148,16 @@ class OffloadPolicy:
         )
 
     def _rotating_rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
-        """Return the same as `_rate` where the requests on the host rotate."""
+        """Return the same as `_rate` where the requests on the host rotate.
+
+        All requests start there and move to the device when it is their turn.
+        """
         rotated = num_host / rotation_steps(self._model)
-        base = self._base(load, num_device, num_device + rotated, rotated)
+        base = self._base(load, num_device, num_device + rotated, num_device + rotated)
         base.num_rotating, base.rotating_tokens = num_host, num_host * load.resident_tokens
-        step_s = predict(self._model, [base]).step_s
+        num_moved = (num_device + rotated) / load.output_tokens
+        swap_tokens = round(num_moved * load.resident_tokens)
+        step_s = predict(self._model, [base], swap_tokens=swap_tokens).step_s
         if step_s * rotation_steps(self._model) > self._config.tpot_limit_s:
             return 0.0
         return (num_device + rotated) / step_s
@@ -182,9 +187,9 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _ladder(most: int) -> list[int]:
-    """Return 1 to `most` in steps of at most an eighth."""
+    """Return 1 to `most` in steps of at most a quarter."""
     steps, value = [], 1
     while value < most:
         steps.append(value)
-        value += max(1, value // 8)
+        value += max(1, value // 4)
     return [*steps, most]

@@ -37,6 +37,10 @@ class Residency:
         assert self.host is not None
         return self.host
 
+    def needs_blocks(self, request: Request) -> bool:
+        """Return whether a request's blocks do not hold all its tokens."""
+        return self.pool_of(request).num_missing(request.request_id, request.num_tokens) > 0
+
     def can_grow(self, request: Request) -> bool:
         """Return whether the request's pool has room for all its tokens."""
         return self.pool_of(request).can_hold(request.request_id, request.num_tokens)

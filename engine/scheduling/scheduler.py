@@ -162,7 +162,12 @@ class Scheduler:
 
     def _reserve_host_decodes(self, plan: StepPlan) -> None:
         """Reserve every host-resident row's next block; the last come give way to the first."""
-        for request in [r for r in self._resident(Placement.HOST) if _decodes(r)]:
+        growing = [
+            request
+            for request in self._resident(Placement.HOST)
+            if _decodes(request) and self.residency.needs_blocks(request)
+        ]
+        for request in growing:
             while request.state is RequestState.RUNNING and not self.residency.can_grow(request):
                 victim = self._last_resident(Placement.HOST)
                 self._preempt(victim)
@@ -172,7 +177,12 @@ class Scheduler:
 
     def _reserve_device_decodes(self, plan: StepPlan) -> None:
         """Reserve every device-resident row's next block; the last come give way to the first."""
-        for request in [r for r in self._resident(Placement.DEVICE) if _decodes(r)]:
+        growing = [
+            request
+            for request in self._resident(Placement.DEVICE)
+            if _decodes(request) and self.residency.needs_blocks(request)
+        ]
+        for request in growing:
             while _is_on_device(request) and not self.residency.can_grow(request):
                 victim = self._last_resident(Placement.DEVICE)
                 if self._rules.should_swap_out(victim):

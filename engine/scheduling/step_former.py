@@ -187,7 +187,7 @@ class StepFormer:
             return [most]
         counts = {0, most, *marks}
         while most > 1:
-            most //= 2
+            most //= 4
             counts.add(most)
         if view.cdec and (view.is_due or not base.scheduled):
             counts = {max(1, count) for count in counts}

@@ -4,12 +4,17 @@ Bounds are loose: they say that the scheduler sees where offloading pays, not ho
 """
 
 import random
+from dataclasses import replace
 
 import pytest
 
+from engine.scheduling.scheduler_config import MODES
 from engine.step_plan import StepMode
 from tests.engine.step_simulation import H200, LLAMA2_7B, LLAMA3_8B, T4, a10g, simulate
 from workloads.simulation.simulator import Simulation
+
+AT_ONCE = replace(H200, launch_s=0.0, handover_launch_s=0.0, handover_s=7.5e-6)
+"""A fast GPU whose steps are launched at once, whatever they compute."""
 
 
 def summarize_like(num_requests: int) -> list[tuple[int, int]]:
@@ -55,7 +60,7 @@ def test_an_h200_with_26400_device_tokens_stays_gpu_only() -> None:
     assert ratio >= 0.99
 
 
-@pytest.mark.parametrize(("num_output", "least"), [(50, 1.08), (200, 1.3)])
+@pytest.mark.parametrize(("num_output", "least"), [(75, 1.1), (200, 1.3)])
 def test_an_a10g_with_many_cores_gains_in_between(num_output, least) -> None:
     ratio, auto = gain(
         a10g(150e9),
@@ -79,6 +84,57 @@ def test_a_slow_host_costs_nothing(cpu_bandwidth_bytes_s, num_prompt, num_output
         host_tokens=200_000,
     )
     assert ratio >= 0.98
+
+
+@pytest.mark.parametrize("num_output", [50, 200])
+@pytest.mark.parametrize("model", [LLAMA3_8B, LLAMA2_7B])
+@pytest.mark.parametrize("hardware", [T4, a10g(150e9), AT_ONCE], ids=["t4", "a10g", "h200"])
+def test_auto_loses_to_no_mode(hardware, model, num_output) -> None:
+    """Never slower than without a host, and nearly as fast as the best mode that is forced."""
+    lengths = uniform(150, 700, num_output)
+    options = {"device_tokens": 10_000, "host_tokens": 200_000}
+    rates = {
+        mode: simulate(hardware, model, lengths, mode=mode, **options).requests_per_s
+        for mode in MODES
+    }
+    assert rates["auto"] >= 0.99 * rates["gpu-only"]
+    assert rates["auto"] >= 0.9 * max(rates.values())
+
+
+def test_rotating_rows_pay_on_a_fast_gpu_whose_steps_are_launched_at_once() -> None:
+    """The weights are read once, where the two sub-batches of an asymmetric step read them twice."""
+    lengths = uniform(300, 1000, 200)
+    options = {"device_tokens": 26_400, "host_tokens": 400_000, "max_num_batched_tokens": 1024}
+    ratio, auto = gain(AT_ONCE, LLAMA3_8B, lengths, **options)
+    assert ratio > 1.05
+    assert auto.modes[StepMode.OVERLAP] > auto.modes[StepMode.ASYMMETRIC]
+    assert auto.shares.cpu_busy > 0.5
+
+
+def test_a_rotating_token_takes_as_many_steps_as_there_are_layers_and_one() -> None:
+    steps = []
+    simulate(
+        AT_ONCE,
+        LLAMA3_8B,
+        [(100, 4)],
+        device_tokens=64,
+        host_tokens=1_000,
+        mode="overlap",
+        on_step=lambda plan, now, simulator: steps.append(plan),
+    )
+    assert len(steps) == 1 + 3 * (LLAMA3_8B.num_layers + 1)
+    assert [len(plan.sampling) for plan in steps] == [1, *([*[0] * 32, 1] * 3)]
+    layers = [row.layer for plan in steps[1:] for row in plan.rotating]
+    assert layers == [None, *range(32)] * 3
+
+
+def test_a_limit_on_a_token_s_time_counts_all_steps_of_a_rotation() -> None:
+    lengths = uniform(120, 1000, 200)
+    options = {"device_tokens": 20_000, "host_tokens": 400_000, "max_num_batched_tokens": 1024}
+    free = simulate(AT_ONCE, LLAMA3_8B, lengths, mode="auto", **options)
+    limited = simulate(AT_ONCE, LLAMA3_8B, lengths, mode="auto", tpot_limit_ms=100, **options)
+    assert free.modes[StepMode.OVERLAP] > 0
+    assert limited.modes[StepMode.OVERLAP] == 0
 
 
 def test_few_requests_that_fit_the_device_stay_there() -> None:

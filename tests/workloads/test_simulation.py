@@ -50,8 +50,9 @@ def test_a_single_request_takes_what_the_cost_model_says() -> None:
     )
     [record] = run.records
     assert [start for start, _ in steps] == pytest.approx([5.0, *record.token_times_s[:-1]])
-    first = 32 * (model.linear_s(100) + model.prefill_attention_s(100, 100)) + model.fixed_step_s(1)
-    assert record.ttft_s == pytest.approx(first)
+    layer_s = model.linear_s(100) + model.prefill_attention_s(100, 100)
+    first_s = 32 * max(layer_s, model.launch_s(0)) + model.fixed_step_s(1)
+    assert record.ttft_s == pytest.approx(first_s)
     assert record.completed
     assert record.num_output_tokens == 3
     assert run.duration_s == record.end_s == record.token_times_s[-1]
