@@ -108,7 +108,7 @@ def test_rotating_rows_pay_on_a_fast_gpu_whose_steps_are_launched_at_once() -> N
     ratio, auto = gain(AT_ONCE, LLAMA3_8B, lengths, **options)
     assert ratio > 1.05
     assert auto.modes[StepMode.OVERLAP] > auto.modes[StepMode.ASYMMETRIC]
-    assert auto.shares.cpu_busy > 0.5
+    assert auto.shares.cpu_busy > 0.4
 
 
 def test_a_rotating_token_takes_as_many_steps_as_there_are_layers_and_one() -> None:
