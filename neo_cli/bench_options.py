@@ -13,7 +13,7 @@ RESULT_PANEL = "Results"
 Systems = Annotated[
     str,
     option(
-        "Systems to start in turn: neo, gpu-only, asymmetric, vllm, vllm-256, vllm-512.",
+        "Systems to start in turn: neo, gpu-only, asymmetric, overlap, vllm, vllm-256, vllm-512.",
         SYSTEM_PANEL,
     ),
 ]

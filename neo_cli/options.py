@@ -67,11 +67,14 @@ MaxNumBatchedTokens = Annotated[
 ]
 Mode = Annotated[
     str,
-    option("auto, gpu-only or asymmetric: whether CPU attention may be used.", MODEL_PANEL),
+    option(
+        "auto, gpu-only, asymmetric or overlap: whether CPU attention is used, and how.",
+        MODEL_PANEL,
+    ),
 ]
 TpotLimitMs = Annotated[
     float | None,
-    option("Steps with decodes should not take longer than this.", MODEL_PANEL),
+    option("A decode token should not take longer than this.", MODEL_PANEL),
 ]
 EnforceEager = Annotated[
     bool, option("Launch every GPU kernel by itself, without CUDA graphs.", MODEL_PANEL)

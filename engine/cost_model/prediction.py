@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from engine.cost_model.base import CostModel
 from engine.step_plan import StepPrediction, SubBatch
 
-
 _SWAP_LEAD_LAYERS = 4
 """Layers whose blocks are moved before the first layer's attention may begin."""
 
@@ -144,6 +143,25 @@ def _visitors(model: CostModel, load: SubBatchLoad) -> int:
     return -(-load.num_rotating // rotation_steps(model))
 
 
+def _visited_share(model: CostModel, load: SubBatchLoad) -> float:
+    """Return the share of layers that have rotating rows."""
+    return min(1.0, load.num_rotating / rotation_steps(model))
+
+
+def _linear_s(model: CostModel, load: SubBatchLoad) -> float:
+    """Return an average layer's linear work; one that nobody is in is skipped."""
+    num_rows = load.num_rows + _visitors(model, load)
+    if num_rows == 0:
+        return 0.0
+    return model.linear_s(num_rows) * (1.0 if load.num_rows else _visited_share(model, load))
+
+
+def _handover_s(model: CostModel, load: SubBatchLoad) -> float:
+    """Return the device's time for an average layer's hand-over, of either kind."""
+    share = 1.0 if load.num_cdec else _visited_share(model, load)
+    return model.handover_s() * share
+
+
 def _is_graph(loads: Sequence[SubBatchLoad]) -> bool:
     """Return whether only device-resident requests decode: such steps are launched as a whole."""
     return sum(load.num_rows + load.num_rotating for load in loads) == sum(
@@ -177,14 +195,11 @@ def predict(
         swap_tokens: Tokens whose K and V move before the step computes.
         prefill_weight: Decode tokens that a prefill token is worth.
     """
-    visitors = [_visitors(model, load) for load in loads]
-    num_rows = [load.num_rows + more for load, more in zip(loads, visitors, strict=True)]
-    linear = [model.linear_s(number) if number else 0.0 for number in num_rows]
+    visitors = sum(_visitors(model, load) for load in loads)
+    linear = [_linear_s(model, load) for load in loads]
     gdec = [model.gpu_attention_s(load.num_gdec, load.gdec_tokens) for load in loads]
     cdec = [model.cpu_attention_s(load.num_cdec, load.cdec_tokens) for load in loads]
-    handovers = [
-        model.handover_s() if load.num_cdec or load.num_rotating else 0.0 for load in loads
-    ]
+    handovers = [_handover_s(model, load) for load in loads]
     rotating_s = sum(
         model.cpu_attention_s(load.num_rotating, load.rotating_tokens) for load in loads
     )
@@ -197,7 +212,7 @@ def predict(
             handovers[j],
         )
         for j, load in enumerate(loads)
-        if num_rows[j]
+        if load.num_rows or load.num_rotating
     ]
     layers_s, exposed_s = pipeline_s(stages, model.num_layers) if stages else (0.0, 0.0)
     # Copies of prompts run beside the layers, both directions at once.
@@ -207,7 +222,7 @@ def predict(
     )
     launch_s = 0.0 if _is_graph(loads) else _launch_s(model, loads)
     num_decodes = sum(load.num_decodes for load in loads)
-    num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads) + sum(visitors)
+    num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads) + visitors
     swap_s = model.swap_s(swap_tokens)
     exposed_swap_s = swap_s if _is_graph(loads) else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
     device_s = max(layers_s, copies_s, launch_s, swap_s) + min(swap_s, exposed_swap_s)

@@ -131,6 +131,37 @@ def test_copies_of_prompts_hide_behind_the_layers_unless_they_are_longer() -> No
     assert exposed.step_s == pytest.approx(9e-4 + 1e-4)
 
 
+def test_moves_hide_behind_all_but_the_first_layers_except_in_graphs() -> None:
+    model = make_cost_model(num_layers=16)
+    mixed = SubBatchLoad(num_gdec=2, gdec_tokens=1000, num_prefill_tokens=98)
+    moved_s = predict(model, [mixed], swap_tokens=500).step_s - predict(model, [mixed]).step_s
+    assert moved_s == pytest.approx(model.swap_s(500) / 4)
+    graph = SubBatchLoad(num_gdec=2, gdec_tokens=1000)
+    moved_s = predict(model, [graph], swap_tokens=500).step_s - predict(model, [graph]).step_s
+    assert moved_s == pytest.approx(model.swap_s(500))
+
+
+def test_a_rotation_hides_behind_the_whole_step() -> None:
+    model = make_cost_model(num_layers=3, cpu_token_s=1e-6, handover_s=1e-6)
+    base = SubBatchLoad(num_gdec=2, gdec_tokens=1000)
+    alone_s = predict(model, [base]).step_s
+    hidden = predict(model, [replace(base, num_rotating=8, rotating_tokens=100)])
+    assert hidden.exposed_cpu_s == 0
+    assert hidden.cpu_attention_s == (pytest.approx(1e-4),)
+    assert hidden.step_s == pytest.approx(alone_s + 3e-6, rel=0.02)
+    assert hidden.tokens_per_s == pytest.approx((2 + 8 / 4) / hidden.step_s)
+    longer = predict(model, [replace(base, num_rotating=8, rotating_tokens=5000)])
+    assert longer.step_s == pytest.approx(5e-3)
+    assert longer.exposed_cpu_s == pytest.approx(5e-3 - hidden.step_s)
+
+
+def test_layers_without_rows_are_skipped() -> None:
+    model = make_cost_model(num_layers=9)
+    few = predict(model, [SubBatchLoad(num_rotating=2, rotating_tokens=2)])
+    many = predict(model, [SubBatchLoad(num_rotating=10, rotating_tokens=10)])
+    assert sum(few.linear_s) == pytest.approx(sum(many.linear_s) / 5)
+
+
 def test_an_empty_step_costs_what_is_fixed() -> None:
     assert predict(make_cost_model(), [SubBatchLoad()]).step_s == pytest.approx(1e-4)
 

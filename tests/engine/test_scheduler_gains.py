@@ -102,7 +102,7 @@ def test_auto_loses_to_no_mode(hardware, model, num_output) -> None:
 
 
 def test_rotating_rows_pay_on_a_fast_gpu_whose_steps_are_launched_at_once() -> None:
-    """The weights are read once, where the two sub-batches of an asymmetric step read them twice."""
+    """The weights are read once, where an asymmetric step reads them twice."""
     lengths = uniform(300, 1000, 200)
     options = {"device_tokens": 26_400, "host_tokens": 400_000, "max_num_batched_tokens": 1024}
     ratio, auto = gain(AT_ONCE, LLAMA3_8B, lengths, **options)
