@@ -2,14 +2,14 @@
 
 A step's rate says nothing about a queue: a GPU-only engine is as busy with two requests as with
 two hundred waiting. So the policy compares steady states: as many device-resident requests as fit,
-each decode token accompanied by its share of prompt tokens, with and without H host-resident
-requests beside them. Both sides do the same mixture of work, so decode tokens a second compare
-fairly, and H itself is what the host's bandwidth can hide. Moving to the host happens only above a
-margin, because lengths are guessed and predictions err.
+each decode token accompanied by its share of prompts, with and without H host-resident requests
+beside them. Both sides do the same mixture of work, so decode tokens a second compare fairly, and H
+itself is what the host's bandwidth can hide. Moving to the host happens only above a margin,
+because lengths are guessed and predictions err.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
@@ -125,60 +125,79 @@ class OffloadPolicy:
             return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
         return OffloadTarget(num_host, rate / baseline, rotates)
 
-    def _base(
-        self, load: MeanLoad, num_device: int, num_decodes: float, num_from_host: float
-    ) -> SubBatchLoad:
-        """Return a step of the steady state without host-resident decodes.
+    def _rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
+        """Return decode tokens a second of the steady state; 0 if it breaks the TPOT limit."""
+        prefix = prefix_sums([load.resident_tokens] * num_host)
 
-        Args:
-            load: What requests are like.
-            num_device: Requests on the device.
-            num_decodes: Tokens that a step decodes; each comes with its share of a prompt.
-            num_from_host: Those of requests on the host.
-        """
-        resident, prompt = load.resident_tokens, max(1, round(load.prompt_tokens))
-        prompts_per_step = num_decodes / load.output_tokens
-        return SubBatchLoad(
-            num_prefill_tokens=round(prompts_per_step * prompt),
-            prefill_attention_s=prompts_per_step * self._model.prefill_attention_s(prompt, prompt),
-            num_gdec=num_device,
-            gdec_tokens=num_device * resident,
-            num_sampled_prefills=round(prompts_per_step),
-            copy_out_tokens=round(num_from_host / load.output_tokens * prompt),
-        )
+        def time(base: SubBatchLoad) -> float:
+            candidates = [one_load(base, prefix, num_host)]
+            if num_host:
+                deal = hidden_windows(self._model, base, prefix).deal(num_host)
+                candidates.append(dealt_loads(base, prefix, deal))
+            return min(predict(self._model, loads).step_s for loads in candidates)
+
+        num_decodes = num_device + num_host
+        if num_decodes == 0:
+            return 0.0
+        step_s = self._step_s(load, num_device, num_decodes, num_host / num_decodes, time)
+        # The baseline has no choice: the limit rules out hosts' shares only.
+        if num_host and step_s > self._config.tpot_limit_s:
+            return 0.0
+        return num_decodes / step_s
 
     def _rotating_rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
         """Return the same as `_rate` where the requests on the host rotate.
 
         All requests start there and move to the device when it is their turn.
         """
-        rotated = num_host / rotation_steps(self._model)
-        base = self._base(load, num_device, num_device + rotated, num_device + rotated)
-        base.num_rotating, base.rotating_tokens = num_host, num_host * load.resident_tokens
-        num_moved = (num_device + rotated) / load.output_tokens
-        swap_tokens = round(num_moved * load.resident_tokens)
-        step_s = predict(self._model, [base], swap_tokens=swap_tokens).step_s
+        num_decodes = num_device + num_host / rotation_steps(self._model)
+        swap_tokens = round(num_decodes / load.output_tokens * load.resident_tokens)
+
+        def time(base: SubBatchLoad) -> float:
+            base.num_rotating, base.rotating_tokens = num_host, num_host * load.resident_tokens
+            return predict(self._model, [base], swap_tokens=swap_tokens).step_s
+
+        step_s = self._step_s(load, num_device, num_decodes, 1.0, time)
         if step_s * rotation_steps(self._model) > self._config.tpot_limit_s:
             return 0.0
-        return (num_device + rotated) / step_s
-
-    def _rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
-        """Return decode tokens a second of the steady state; 0 if it breaks the TPOT limit."""
-        num_decodes = num_device + num_host
-        if num_decodes == 0:
-            return 0.0
-        resident = load.resident_tokens
-        base = self._base(load, num_device, num_decodes, num_host)
-        prefix = prefix_sums([resident] * num_host)
-        candidates = [one_load(base, prefix, num_host)]
-        if num_host:
-            deal = hidden_windows(self._model, base, prefix).deal(num_host)
-            candidates.append(dealt_loads(base, prefix, deal))
-        step_s = min(predict(self._model, loads).step_s for loads in candidates)
-        # The baseline has no choice: the limit rules out hosts' shares only.
-        if num_host and step_s > self._config.tpot_limit_s:
-            return 0.0
         return num_decodes / step_s
+
+    def _step_s(
+        self,
+        load: MeanLoad,
+        num_device: int,
+        num_decodes: float,
+        host_share: float,
+        time: Callable[[SubBatchLoad], float],
+    ) -> float:
+        """Return the mean time of the steady state's steps, with and without prompts.
+
+        Prompts come one after the other, each in as few steps as the budget allows, so that most
+        steps have none and are launched as a whole.
+
+        Args:
+            load: What requests are like.
+            num_device: Requests on the device.
+            num_decodes: Tokens that a step decodes; each comes with its share of a prompt.
+            host_share: Of the prompts, those that go to the host.
+            time: Times a step, given without its host-resident decodes.
+        """
+        prompt = max(1, round(load.prompt_tokens))
+        prompts_per_step = num_decodes / load.output_tokens
+        tokens_per_step = prompts_per_step * prompt
+        chunk = max(min(prompt, self._config.max_num_batched_tokens), round(tokens_per_step))
+        share = min(1.0, tokens_per_step / chunk)
+        plain = SubBatchLoad(num_gdec=num_device, gdec_tokens=num_device * load.resident_tokens)
+        attention_s = self._model.prefill_attention_s(prompt, prompt)
+        with_prompts = replace(
+            plain,
+            num_prefill_tokens=chunk,
+            prefill_attention_s=attention_s * chunk / prompt,
+            num_sampled_prefills=round(prompts_per_step / share),
+            copy_out_tokens=round(host_share * chunk),
+        )
+        plain_s = time(plain) if share < 1 else 0.0
+        return share * time(with_prompts) + (1 - share) * plain_s
 
 
 def _mean(values: Iterable[float]) -> float:

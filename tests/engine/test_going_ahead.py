@@ -36,6 +36,7 @@ OPTIONS = (
         "admission_lookahead": False,
     },
     {"mode": "asymmetric", "host_kv_gb": 0.02, "device_kv_blocks": 8},
+    {"mode": "overlap", "host_kv_gb": 0.02, "device_kv_blocks": 8},
     {"mode": "auto", "host_kv_gb": 0.02, "device_kv_blocks": 8},
 )
 

@@ -108,6 +108,17 @@ def test_limits_and_modes_change_nothing(default_model_folder, prompts, together
         assert llm.engine.runner.pool.num_used == 0
 
 
+@pytest.mark.slow
+def test_rotating_changes_nothing(default_model_folder, prompts, together) -> None:
+    """A few of the prompts: a rotating token takes 31 steps."""
+    options = {"device_kv_blocks": 12, "max_model_len": 192, "host_kv_gb": 0.5, "mode": "overlap"}
+    with LLM(str(default_model_folder), dtype="float32", **options) as llm:
+        outputs = llm.generate(prompts[::7], PARAMS)
+        assert [output.outputs[0].token_ids for output in outputs] == together[::7]
+        assert llm.engine.stats.rows["rotating"] > 0
+        assert llm.engine.runner.pool.num_used == llm.engine.runner.host_pool.num_used == 0
+
+
 def test_chat_answers_with_text(llm: LLM) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     [output] = llm.chat(question, SamplingParams(temperature=0, max_tokens=32))

@@ -265,6 +265,7 @@ def expected(llm: LLM) -> list[list[int]]:
         pytest.param(
             {"device_kv_blocks": 12, "host_kv_gb": 0.05, "mode": "asymmetric"}, id="asymmetric"
         ),
+        pytest.param({"device_kv_blocks": 12, "host_kv_gb": 0.05, "mode": "overlap"}, id="overlap"),
         pytest.param({"device_kv_blocks": 12, "host_kv_gb": 0.05, "mode": "auto"}, id="auto"),
     ],
 )
@@ -275,8 +276,8 @@ def test_every_output_has_its_form_in_every_mode(folder: Path, expected, options
         stats = llm.engine.stats
         if "device_kv_blocks" in options and options.get("mode") is None:
             assert stats.num_preemptions > 0
-        if options.get("mode") == "asymmetric":
-            assert stats.rows["cdec"] > 0
+        kind = {"asymmetric": "cdec", "overlap": "rotating"}.get(str(options.get("mode")))
+        assert kind is None or stats.rows[kind] > 0
     assert [output.outputs[0].token_ids for output in outputs] == expected
     checks = dict(FORMS.values())
     for output, own in zip(outputs, params, strict=True):

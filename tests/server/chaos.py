@@ -22,7 +22,7 @@ from engine.sampling_params import SamplingParams
 from tests.engine.tiny_models import BASE, make_tiny_model
 from tests.server.running_server import RunningServer
 
-MODES = ("gpu-only", "auto", "asymmetric")
+MODES = ("gpu-only", "auto", "asymmetric", "overlap")
 MAX_LEN = 128
 MODEL_OPTIONS = {"load_format": "dummy", "dtype": "float32", "device": "cpu", "threads": 1}
 SMALL_POOLS = ["--device-kv-blocks", 24, "--max-num-seqs", 24, "--max-num-batched-tokens", 96]
@@ -214,7 +214,9 @@ def run_chaos(folder: Path, log: Path, mode: str, count: int, *options: object) 
         grown = server.resident_bytes() - bytes_before
         facts = {
             "preemptions": server.metric("neo:num_preemptions_total"),
-            "host rows": server.metric("neo:rows_total", kind="cdec"),
+            "host rows": sum(
+                server.metric("neo:rows_total", kind=kind) for kind in ("cdec", "rotating")
+            ),
             "swapped bytes": server.metric("neo:swapped_bytes_total"),
             "refused": server.metric("neo:http_responses_total", status="429"),
         }

@@ -19,7 +19,7 @@ def test_no_token_is_lost_or_doubled_and_no_block_kept(
     facts = run_chaos(tiny_folder, tmp_path / "log", mode, NUM_REQUESTS)
     assert facts["grown_bytes"] < FLAT_BYTES
     assert facts["refused"] > 0
-    if mode == "asymmetric":
+    if mode in ("asymmetric", "overlap"):
         assert facts["host rows"] > 0
         assert facts["swapped bytes"] > 0
     else:
