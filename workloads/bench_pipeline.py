@@ -1,13 +1,14 @@
-"""Where the time of a step goes: gpu_only and asymmetric steps at chosen loads, part by part.
+"""Where the time of a step goes: steps of every mode at chosen loads, part by part.
 
 Decode steps of a model's true shape with dummy weights. The rows' caches are not computed first:
 the times of a step do not depend on what is in them.
 """
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from engine.llm_engine import LLMEngine
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.scheduling.scheduler_config import SchedulerConfig
-from engine.step_plan import ScheduledRequest, StepMode, StepPlan, SubBatch
+from engine.scheduling.scheduler_config import MODES, SchedulerConfig
+from engine.step_in_flight import StepResult
+from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
 from workloads.gpu_points import run_to_end
 from workloads.model_shapes import model_shape_folder
 from workloads.result_file import write_result
@@ -33,6 +35,7 @@ KERNEL_NAMES = (
     ("gpu_linear", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas", "skinny")),
 )
 HOST_ROWS = (0, 1, 8, 16, 32, 64)
+ROTATING_ROWS = (33, 66, 132)
 REPEATS = 7
 
 
@@ -84,25 +87,72 @@ class StepBench:
         plan = StepPlan(mode=mode, sub_batches=sub_batches)
         results = [self._runner.execute(plan) for _ in range(REPEATS + 2)][2:]
         kernels = kernel_ms(lambda: self._runner.execute(plan))
-        for item in plan.scheduled:
-            for pool in (self._runner.pool, self._runner.host_pool):
-                if pool is not None:
-                    pool.free(item.request.request_id)
-        hosts = [result.host for result in results if result.host is not None]
-        return {
+        self._free(plan.scheduled)
+        loads = {
+            "mode": mode.value,
             "device_rows": device_rows,
             "host_rows": host_rows,
             "lanes": lanes,
             "host_len": host_len,
-            "step_ms": _median(result.step_s for result in results),
-            **{f"{name}_ms": value for name, value in kernels.items()},
-            "device_ms": _median(result.device_s for result in results),
-            "exposed_wait_ms": _median(host.device_waiting_s for host in hosts),
-            "launch_ms": _median(result.launch_s for result in results),
-            "cpu_attention_ms": _median(sum(host.attention_s) for host in hosts),
-            "cpu_idle_ms": _median(host.waiting_s for host in hosts),
-            "handover_us": _median(host.handover_s for host in hosts) * 1e3,
         }
+        return loads | _times(results, kernels)
+
+    def measure_overlap(self, device_rows: int, host_rows: int, host_len: int) -> dict[str, Any]:
+        """Time steps of a full rotation, whose rows are spread evenly over the layers.
+
+        Returns:
+            Milliseconds of the parts.
+        """
+        gdec = self.rows(device_rows, on_host=False, context_len=self._context_len)
+        shares = self.rows(host_rows, on_host=True, context_len=host_len)
+        num_layers = self._runner.model_config.num_layers
+        steps = itertools.count()
+
+        def run() -> StepResult:
+            number, rotating = next(steps), []
+            for index, share in enumerate(shares):
+                layer = share.request.rotation_layer
+                if layer is not None or number % (num_layers + 1) == index % (num_layers + 1):
+                    rotating.append(RotatingRow(share, layer, samples=layer == num_layers - 1))
+            batch = SubBatch(gdec=gdec, rotating=rotating)
+            result = self._runner.execute(StepPlan(StepMode.OVERLAP, [batch]))
+            for row in rotating:
+                row.share.request.rotation_layer = None if row.samples else row.next_layer
+            return result
+
+        results = [run() for _ in range(num_layers + 1 + REPEATS)][num_layers + 1 :]
+        kernels = kernel_ms(run)
+        for share in shares:
+            share.request.rotation_layer = None
+        self._free(gdec + shares)
+        loads = {
+            "mode": StepMode.OVERLAP.value,
+            "device_rows": device_rows,
+            "host_rows": host_rows,
+            "lanes": 1,
+            "host_len": host_len,
+        }
+        return loads | _times(results, kernels)
+
+    def _free(self, items: Sequence[ScheduledRequest]) -> None:
+        for item in items:
+            for pool in (self._runner.pool, self._runner.host_pool):
+                if pool is not None:
+                    pool.free(item.request.request_id)
+
+
+def _times(results: Sequence[StepResult], kernels: dict[str, float]) -> dict[str, float]:
+    hosts = [result.host for result in results if result.host is not None]
+    return {
+        "step_ms": _median(result.step_s for result in results),
+        **{f"{name}_ms": value for name, value in kernels.items()},
+        "device_ms": _median(result.device_s for result in results),
+        "exposed_wait_ms": _median(host.device_waiting_s for host in hosts),
+        "launch_ms": _median(result.launch_s for result in results),
+        "cpu_attention_ms": _median(sum(host.attention_s) for host in hosts),
+        "cpu_idle_ms": _median(host.waiting_s for host in hosts),
+        "handover_us": _median(host.handover_s for host in hosts) * 1e3,
+    }
 
 
 def kernel_ms(run: Callable[[], object]) -> dict[str, float]:
@@ -146,6 +196,7 @@ def run(model: str, device_kv_blocks: int, host_kv_gb: float, context_len: int) 
         rows.append(bench.measure(device_rows, host_rows, 2, context_len))
         rows.append(bench.measure(device_rows, host_rows, 2, 1))
     rows.append(bench.measure(device_rows, 16, 1, context_len))
+    rows += [bench.measure_overlap(device_rows, n, context_len) for n in ROTATING_ROWS]
     runner.close()
     return {
         "start_up_s": start_up_s,
@@ -170,7 +221,7 @@ def throughput(
 ) -> list[dict[str, Any]]:
     """Measure whole runs in every mode, requests all at once."""
     rows = []
-    for mode in ("gpu-only", "auto", "asymmetric"):
+    for mode in MODES:
         limits = SchedulerConfig(mode=mode, max_num_batched_tokens=2048)
         engine = LLMEngine(
             EngineConfig(
@@ -194,6 +245,7 @@ def throughput(
                 "requests_per_s": num_requests / seconds,
                 "steps": stats.num_steps - warm_steps,
                 "asymmetric_steps": stats.steps_by_mode["asymmetric"],
+                "overlap_steps": stats.steps_by_mode["overlap"],
                 "cpu_busy_share": stats.cpu_attention_time_s / stats.step_time_s,
                 "predicted_over_measured": stats.predicted_step_time_s
                 / max(stats.matched_step_time_s, 1e-9),
@@ -223,7 +275,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("workloads/results"))
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--device-kv-blocks", type=int, default=1650)
-    parser.add_argument("--host-kv-gb", type=float, default=12.0)
+    parser.add_argument("--host-kv-gb", type=float, default=20.0)
     parser.add_argument("--context-len", type=int, default=1088)
     parser.add_argument("--steps-only", action="store_true", help="leave out whole runs")
     options = vars(parser.parse_args())
