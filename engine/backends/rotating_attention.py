@@ -27,7 +27,7 @@ _NUM_TURNS = 3
 _Allocate = Callable[[tuple[int, ...], torch.dtype, CpuAttention], torch.Tensor]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Turn:
     """What one overlap step hands over; `out` is also where the next one finds its answers.
 

@@ -121,6 +121,10 @@ class OffloadPolicy:
                 (self._rotating_rate(load, num_device, n), n, True),
             )
         )
+        if num_host == demand - num_device:
+            num_host = (
+                self._config.max_num_seqs
+            )  # all: the device may hold fewer than the mean says
         if baseline == 0.0:
             return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
         return OffloadTarget(num_host, rate / baseline, rotates)

@@ -214,7 +214,8 @@ class Scheduler:
         cdec = [
             request
             for request in on_host
-            if _decodes(request) and self._rules.may_decode_on_host(request, len(on_device))
+            if _decodes(request)
+            and self._rules.may_decode_on_host(request, len(on_device), len(self._waiting))
         ]
         headroom = self.config.headroom_blocks * len(on_host)
         target = self.policy.target.num_host if self.policy.offloads else 0

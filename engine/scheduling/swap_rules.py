@@ -62,13 +62,14 @@ class SwapRules:
         """Return whether a host-resident request only waits there for the device."""
         return not self._policy.offloads and self.fits_device(request)
 
-    def may_decode_on_host(self, request: Request, num_on_device: int) -> bool:
+    def may_decode_on_host(self, request: Request, num_on_device: int, num_waiting: int) -> bool:
         """Return whether a step may compute a host-resident row.
 
-        Not one that is parked: where offloading does not pay in the long run, a step that would
-        gain by it now only keeps the device's blocks taken for longer.
+        Not one that is parked while others wait: where offloading does not pay in the long run, a
+        step that would gain by it now only keeps the device's blocks taken for longer.
         """
-        return num_on_device == 0 or not self.is_parked(request) or self.patience(request) <= 0
+        is_alone = num_on_device == 0 or num_waiting == 0
+        return is_alone or not self.is_parked(request) or self.patience(request) <= 0
 
     def patience(self, request: Request) -> int:
         """Return how many more steps may leave a host-resident request out."""

@@ -17,8 +17,13 @@ ENDLESS = [
 
 def start(*arguments: object, **options) -> subprocess.Popen:
     command = [*NEO, *map(str, arguments)]
+    # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    hear = (lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if ignored else None
     return subprocess.Popen(
-        command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        command,
+        preexec_fn=hear,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
 
 
