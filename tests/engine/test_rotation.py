@@ -4,9 +4,11 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.backends.rotating_attention import RotatingAttention
 from engine.llm import LLM
 from engine.request import Request
 from engine.rotation import rotation_segments
@@ -146,6 +148,22 @@ def test_the_engine_gives_the_same_tokens(deep_folder, expected, device: str, op
         assert stats.num_failed_steps == 0
         assert stats.cpu_attention_time_s > 0
         assert runner.pool.num_used == runner.host_pool.num_used == 0
+
+
+@pytest.mark.ispc
+def test_rows_collected_on_the_device_change_nothing(deep_folder, expected, monkeypatch) -> None:
+    """A GPU copies a segment's rows at once, from and to buffers of its own; so does a CPU here."""
+    make = RotatingAttention.__init__
+
+    def make_staged(self, *args, **options) -> None:
+        make(self, *args, **options)
+        self._sent = torch.full_like(self._turns[0].rows, torch.nan)
+        self._received = torch.full_like(self._turns[0].out, torch.nan)
+
+    monkeypatch.setattr(RotatingAttention, "__init__", make_staged)
+    for options in ({}, {"device_kv_blocks": 2, "async_scheduling": True}):
+        with make_llm(deep_folder, "cpu", **options) as llm:
+            assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected
 
 
 @pytest.mark.parametrize("device", DEVICES)
