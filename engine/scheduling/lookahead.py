@@ -8,6 +8,7 @@ preemption remains for when they were wrong.
 Source: Gong et al., Past-Future Scheduler for LLM Serving under SLA Guarantees, ASPLOS 2025.
 """
 
+import copy
 import math
 from bisect import insort
 from collections.abc import Iterable
@@ -42,6 +43,10 @@ class DeviceOutlook:
         self._block_size = block_size
         # (tokens to come, tokens now), those that end last first.
         self._loads = sorted((self._load(request) for request in requests), reverse=True)
+
+    def copy(self) -> "DeviceOutlook":
+        """Return another one that counts the same requests."""
+        return copy.copy(self)  # lists of loads are replaced, never changed
 
     def admit(self, request: Request) -> bool:
         """Return whether a further request is expected to fit to its end, and count it if so."""

@@ -18,6 +18,10 @@ from engine.scheduling.dealing import dealt_loads, hidden_windows, one_load, pre
 from engine.scheduling.scheduler_config import FORCED_MODES, SchedulerConfig
 
 _NUM_SAMPLED_WAITING = 64
+_LIKE = 1 / 16
+"""Loads that differ by less are treated alike: looking closer takes milliseconds."""
+_MOST_REUSED = 8
+"""Looks at a load after which the gain is computed again, because predictions are corrected."""
 _MEMORY = 0.05
 """Weight of the newest finished request in the mean output length."""
 
@@ -34,6 +38,15 @@ class MeanLoad:
     def resident_tokens(self) -> int:
         """Tokens in the cache half way through."""
         return max(1, round(self.prompt_tokens + self.output_tokens / 2))
+
+    def is_like(self, other: "MeanLoad") -> bool:
+        """Return whether the same decision will do for both."""
+        pairs = (
+            (self.num_requests, other.num_requests),
+            (self.prompt_tokens, other.prompt_tokens),
+            (self.output_tokens, other.output_tokens),
+        )
+        return all(abs(a - b) <= _LIKE * max(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,8 @@ class OffloadPolicy:
         self._host_tokens = host_tokens
         self._mean_output: float | None = None
         self._countdown = 0
+        self._last_load: MeanLoad | None = None
+        self._num_reused = 0
         self.offloads = config.mode in FORCED_MODES
         most = config.max_num_seqs if self.offloads else 0
         self.target = OffloadTarget(most, 1.0, rotates=config.mode == "overlap")
@@ -92,7 +107,12 @@ class OffloadPolicy:
         self._countdown = self._config.policy_interval_steps - 1
         if not running and not waiting:
             return
-        self.target = self.best_target(self._mean_load(running, waiting))
+        load = self._mean_load(running, waiting)
+        self._num_reused += 1
+        if self._num_reused < _MOST_REUSED and self._last_load and load.is_like(self._last_load):
+            return
+        self._num_reused, self._last_load = 0, load
+        self.target = self.best_target(load)
         margin = self._config.min_offload_gain - 1
         self.offloads = self.target.gain >= 1 + (margin / 2 if self.offloads else margin)
 
@@ -114,12 +134,8 @@ class OffloadPolicy:
             return OffloadTarget(0, 1.0)
         baseline = self._rate(load, num_device, 0)
         rate, num_host, rotates = max(
-            option
-            for n in _ladder(most)
-            for option in (
-                (self._rate(load, num_device, n), n, False),
-                (self._rotating_rate(load, num_device, n), n, True),
-            )
+            (*_highest(lambda n: self._rate(load, num_device, n), most), False),
+            (*_highest(lambda n: self._rotating_rate(load, num_device, n), most), True),
         )
         if num_host == demand - num_device:
             num_host = (
@@ -209,10 +225,9 @@ def _mean(values: Iterable[float]) -> float:
     return sum(items) / len(items)
 
 
-def _ladder(most: int) -> list[int]:
-    """Return 1 to `most` in steps of at most a quarter."""
-    steps, value = [], 1
-    while value < most:
-        steps.append(value)
-        value += max(1, value // 4)
-    return [*steps, most]
+def _highest(rate: Callable[[int], float], most: int) -> tuple[float, int]:
+    """Return the highest rate of 1 to `most`, nearly, and where it is; it has one summit."""
+    steps = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+    best = max((rate(number), number) for number in steps)
+    between = {best[1] * 3 // 4, min(most, best[1] * 3 // 2)} - {0, *steps}
+    return max([best, *((rate(number), number) for number in between)])

@@ -15,9 +15,10 @@ This file keeps the state: the queue, who runs, who holds blocks. `step_former` 
 steps that are possible, `offload_policy` says whether the host is worth using.
 """
 
+import functools
 import time
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from engine.cost_model import CostModel
 from engine.kv_blocks import BlockPool
@@ -238,17 +239,23 @@ class Scheduler:
             uses_host=host is not None and bool(on_host or target or needs_host),
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
             is_due=any(self._rules.patience(request) <= 0 for request in on_host),
-            outlook=self._outlook if self.config.admission_lookahead else None,
+            outlook=self._outlooks() if self.config.admission_lookahead else None,
         )
 
-    def _outlook(self) -> DeviceOutlook:
+    def _outlooks(self) -> Callable[[], DeviceOutlook]:
+        """Return what makes a fresh outlook for each draft of this step, from one that is kept."""
         device = self.residency.device
-        return DeviceOutlook(
-            self._resident(Placement.DEVICE),
-            self.policy.mean_output,
-            device.num_blocks,
-            device.block_size,
-        )
+
+        @functools.cache
+        def first() -> DeviceOutlook:
+            return DeviceOutlook(
+                self._resident(Placement.DEVICE),
+                self.policy.mean_output,
+                device.num_blocks,
+                device.block_size,
+            )
+
+        return lambda: first().copy()
 
     def _device_is_spoken_for(self, on_host: Sequence[Request]) -> bool:
         """Return whether free device blocks are kept for a parked request, which came first."""

@@ -93,7 +93,7 @@ def test_a_slow_host_costs_nothing(cpu_bandwidth_bytes_s, num_prompt, num_output
 )
 def test_auto_loses_to_no_mode(hardware, model, num_output) -> None:
     """Never slower than without a host, and nearly as fast as the best mode that is forced."""
-    lengths = uniform(90, 700, num_output)
+    lengths = uniform(60, 700, num_output)
     options = {"device_tokens": 10_000, "host_tokens": 200_000}
     rates = {
         mode: simulate(hardware, model, lengths, mode=mode, **options).requests_per_s
@@ -110,7 +110,7 @@ def test_rotating_rows_pay_on_a_fast_gpu_whose_steps_are_launched_at_once() -> N
     ratio, auto = gain(AT_ONCE, LLAMA3_8B, lengths, **options)
     assert ratio > 1.05
     assert auto.modes[StepMode.OVERLAP] > auto.modes[StepMode.ASYMMETRIC]
-    assert auto.shares.cpu_busy > 0.4
+    assert auto.shares.cpu_busy > 0.35
 
 
 def test_a_rotating_token_takes_as_many_steps_as_there_are_layers_and_one() -> None:
