@@ -2,9 +2,9 @@
 
 Rows come in four groups, in this order: decodes and prefill chunks whose KV is on the device,
 prefill chunks whose KV goes to the host, decodes whose KV is on the host. In overlap mode, rotating
-rows come behind them, others in each layer. A chunk that goes to the
-host is attended to in blocks that are addressed like a pool: on a CPU device these are the host
-pool's own; on a GPU they are staging blocks, which hold one layer of the request at a time.
+rows come behind them, others in each layer. A chunk that goes to the host is attended to in blocks
+that are addressed like a pool: on a CPU device these are the host pool's own; on a GPU they are
+staging blocks, which hold one layer of the request at a time.
 """
 
 from collections.abc import Sequence

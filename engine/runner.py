@@ -189,7 +189,6 @@ class ModelRunner:
         step_s = now_s - max(step.start_s, self._last_finish_s)
         self._last_finish_s = now_s
         if host is not None and step.rotation is not None:
-            # Each rotation has a service of its own, whose waiting tells nothing of the others'.
             host = replace(host, waiting_s=max(0.0, step_s - sum(host.attention_s)))
         return StepResult(
             sampled=sampled,

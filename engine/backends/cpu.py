@@ -14,7 +14,7 @@ from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import ClockMark
-from engine.batch import Batch, PagedRows, RotatingRows
+from engine.batch import Batch, PagedRows
 from engine.errors import CapacityError, ConfigError
 from engine.host_memory import allocate_host_tensor
 from engine.model_config import ModelConfig
@@ -193,15 +193,15 @@ class CpuBackend:
         self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
     ) -> None:
         """Hand rotating rows over; see `Backend`."""
-        rows = self._checked_rotating()
+        rotating = self._checked_host().rotating
         if qkv.shape[0]:
-            positions = rows.positions[rows.departing(layer)]
+            positions = rotating.rows.positions[rotating.rows.departing(layer)]
             qkv = torch.cat(self._rotated(qkv, positions, cos_sin, norms), dim=1).flatten(1)
-        self._checked_host().rotating.depart(rows, layer, qkv)
+        rotating.depart(layer, qkv)
 
     def arrive(self, layer: int, out: torch.Tensor) -> None:
         """Take the CPU's answers; see `Backend`."""
-        self._checked_host().rotating.arrive(self._checked_rotating(), layer, out)
+        self._checked_host().rotating.arrive(layer, out)
 
     def _rotated(
         self,
@@ -219,11 +219,6 @@ class CpuBackend:
             k = self.rms_norm(k, norms.k, norms.eps)
         cos, sin = cos_sin[positions].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
-
-    def _checked_rotating(self) -> RotatingRows:
-        rows = self._batches[0].rotating
-        assert rows is not None, "the step has no rotating rows"
-        return rows
 
     def _checked_shape(self) -> AttentionShape:
         assert self._shape is not None, "allocate_kv_cache comes first"

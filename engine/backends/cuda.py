@@ -11,7 +11,7 @@ from engine.backends.cuda_staging import Staging
 from engine.backends.cuda_swaps import Swaps
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import StreamMark
-from engine.batch import Batch, PagedRows, RotatingRows
+from engine.batch import Batch, PagedRows
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
@@ -242,23 +242,19 @@ class CudaBackend:
         self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
     ) -> None:
         """Hand rotating rows over; see `Backend`."""
-        rows = self._checked_rotating()
+        rotating = self._checked_host().rotating
         if self._swaps is not None:
             self._swaps.wait_for(layer)
         if qkv.shape[0]:
-            positions, slots = rows.positions[rows.departing(layer)], self._no_slots[: len(qkv)]
+            positions = rotating.rows.positions[rotating.rows.departing(layer)]
+            slots = self._no_slots[: qkv.shape[0]]
             caches = (self._k_cache[layer], self._v_cache[layer])
             self._rope_store(qkv, positions, slots, cos_sin, norms, *caches)
-        self._checked_host().rotating.depart(rows, layer, qkv)
+        rotating.depart(layer, qkv)
 
     def arrive(self, layer: int, out: torch.Tensor) -> None:
         """Take the CPU's answers; see `Backend`."""
-        self._checked_host().rotating.arrive(self._checked_rotating(), layer, out)
-
-    def _checked_rotating(self) -> RotatingRows:
-        rows = self._batches[0].rotating
-        assert rows is not None, "the step has no rotating rows"
-        return rows
+        self._checked_host().rotating.arrive(layer, out)
 
     def _checked_shape(self) -> AttentionShape:
         assert self._shape is not None, "allocate_kv_cache comes first"

@@ -70,7 +70,6 @@ class RotatingAttention:
         timeout_s: float,
     ) -> None:
         self._scale = shape.softmax_scale
-        self._max_rows = max_rows
         k_pool, v_pool = pools
         self._k_pool = k_pool.view(1, -1, *k_pool.shape[2:])
         self._v_pool = v_pool.view(1, -1, *v_pool.shape[2:])
@@ -102,12 +101,19 @@ class RotatingAttention:
         self._received = out.to(device) if on_gpu else None
         self._open: deque[_Turn] = deque()
         self._num_steps = 0
+        self._rows: RotatingRows | None = None
         self._now = self._before = self._turns[0]
 
     @property
     def num_steps(self) -> int:
         """Overlap steps begun."""
         return self._num_steps
+
+    @property
+    def rows(self) -> RotatingRows:
+        """The rows of the step begun last."""
+        assert self._rows is not None, "no step has begun"
+        return self._rows
 
     def begin_step(self, rotating: RotatingRows) -> None:
         """Give the CPU a step's descriptor.
@@ -116,6 +122,7 @@ class RotatingAttention:
             StepError: An earlier step's attention failed.
         """
         self._num_steps += 1
+        self._rows = rotating
         self._before, self._now = self._now, self._turns[self._num_steps % _NUM_TURNS]
         turn = self._now
         if turn in self._open:
@@ -134,13 +141,13 @@ class RotatingAttention:
         self._open.append(turn)
         turn.tickets = {i: turn.service.first_ticket(at) for i, at in turn.at.items()}
 
-    def depart(self, rotating: RotatingRows, layer: int, qkv: torch.Tensor) -> None:
+    def depart(self, layer: int, qkv: torch.Tensor) -> None:
         """Hand over a layer's rotated rows, `[n, (num_q_heads + 2 * num_kv_heads) * head_dim]`.
 
         The segment's last layer rings for all of them.
         """
+        rotating, turn = self.rows, self._now
         number, segment = _segment_of(rotating, layer)
-        turn = self._now
         at = turn.at.get(number)
         if at is None:
             return
@@ -155,17 +162,17 @@ class RotatingAttention:
                 turn.rows[at, :num_rows].copy_(self._sent[at, :num_rows], non_blocking=True)
             turn.bells.ring(at, turn.tickets[number])
 
-    def arrive(self, rotating: RotatingRows, layer: int, out: torch.Tensor) -> None:
+    def arrive(self, layer: int, out: torch.Tensor) -> None:
         """Fill in answers to what departed at a layer in the last overlap step.
 
         Args:
-            rotating: The step's rows.
             layer: Of the model.
-            out: `[n, num_q_heads * head_dim]`, of `rotating.arriving(layer)`.
+            out: `[n, num_q_heads * head_dim]`, of `rows.arriving(layer)`.
 
         Raises:
             StepError: The device is the CPU and the service has failed.
         """
+        rotating = self.rows
         number, segment = _segment_of(rotating, layer)
         rows = rotating.arriving(layer)
         arriving_before = rows.start - rotating.bounds[segment.start + 1]
@@ -192,24 +199,26 @@ class RotatingAttention:
             before: The number of that step, see `num_steps`.
 
         Returns:
-            What it did in them; None if there were none.
+            What it did in them; None if there were none. `waiting_s` is 0: each has a service of
+            its own, which knows nothing of what the others do meanwhile.
 
         Raises:
             StepError: Its attention failed or was overdue.
         """
         reports: list[tuple[StepReport, float]] = []
         while self._open and self._open[0].step < before:
-            turn = self._open.popleft()
+            turn = self._open[0]
             try:
                 report = turn.service.end_step()
             except ServiceError as error:
                 raise StepError(f"CPU attention failed: {error}") from error
+            self._open.popleft()
             reports.append((report, turn.bells.take_waiting_s()))
         if not reports:
             return None
         return HostStepTimes(
             attention_s=(sum(sum(report.attention_s) for report, _ in reports),),
-            waiting_s=sum(report.waiting_s for report, _ in reports),
+            waiting_s=0.0,
             handover_s=reports[-1][0].handover_s,
             device_waiting_s=sum(waiting_s for _, waiting_s in reports),
         )
@@ -223,7 +232,7 @@ class RotatingAttention:
         """Leave steps that were given up; what waits for them on the device must be gone."""
         while self._open:
             turn = self._open.popleft()
-            with contextlib.suppress(ServiceError):
+            with contextlib.suppress(ServiceError):  # whose reason has been told
                 turn.service.end_step()
             turn.bells.take_waiting_s()
 

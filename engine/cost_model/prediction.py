@@ -18,7 +18,7 @@ from engine.cost_model.base import CostModel
 from engine.step_plan import StepPrediction, SubBatch
 
 _SWAP_LEAD_LAYERS = 4
-"""Layers whose blocks are moved before the first layer's attention may begin."""
+"""Layers that are moved at once: `engine.backends.cuda_swaps` lets a layer wait for no others."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.backends import AttentionShape, Backend, LayerNorms
-from engine.batch import Batch, RotatingRows
+from engine.batch import Batch
 from engine.model_config import ModelConfig
 from engine.models.weights import ModelWeights
 
@@ -56,7 +56,6 @@ class DecoderModel:
             else None
             for layer in weights.layers
         ]
-        self._no_qkv = weights.layers[0].qkv.new_empty(0, weights.layers[0].qkv.shape[0])
 
     def attention_shape(self, block_size: int) -> AttentionShape:
         """Return what the backend must know to make the KV cache."""
@@ -96,7 +95,7 @@ class DecoderModel:
         """
         if batches[0].rotating is not None:
             [batch] = batches
-            return [self._run_rotating(batch, batch.rotating)]
+            return [self._run_rotating(batch)]
         lanes = [_Lane(F.embedding(batch.input_ids, self.weights.embedding)) for batch in batches]
         for layer in range(self.config.num_layers):
             for index, lane in enumerate(lanes):
@@ -110,13 +109,14 @@ class DecoderModel:
             states.append(FinalStates(lane.hidden, lane.residual))
         return states
 
-    def _run_rotating(self, batch: Batch, rows: RotatingRows | None) -> FinalStates:
+    def _run_rotating(self, batch: Batch) -> FinalStates:
         """Run a batch in which rotating rows come and go.
 
         Resident rows go through every layer. A rotating row arrives behind a layer's attention,
         which the CPU has computed since the last such step, and departs with Q, K and V of the next
         layer. Returned are the resident rows and those that were behind the last layer.
         """
+        rows = batch.rotating
         assert rows is not None, "there are rotating rows"
         hidden = F.embedding(batch.input_ids, self.weights.embedding)
         num_resident, num_rows = batch.num_resident_tokens, hidden.shape[0]
@@ -131,7 +131,7 @@ class DecoderModel:
                 if layer == 0:
                     stream[:num_rows].copy_(residual)
             else:
-                qkv = self._no_qkv
+                qkv = hidden[:0]  # nobody departs, but the CPU is to hear of it
             self._backend.depart(layer, qkv[num_resident:], self._cos_sin, self._norms[layer])
             if num_rows > num_resident:
                 slots = rows.slots[rows.departing(layer)]

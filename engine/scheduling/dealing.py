@@ -59,11 +59,11 @@ def hidden_windows(model: CostModel, base: SubBatchLoad, prefix: Sequence[int]) 
     """
     num_rows = len(prefix) - 1
     window_s = model.linear_s(max(1, base.num_rows))
-    second = _largest(num_rows, lambda n: model.cpu_attention_s(n, prefix[n]) <= window_s)
+    second = largest(num_rows, lambda n: model.cpu_attention_s(n, prefix[n]) <= window_s)
     # Without rows in the other sub-batch there is no other sub-batch to hide behind.
     other_s = model.linear_s(second) if second else 0.0
     window_s = other_s + device_attention_s(model, base)
-    first = _largest(
+    first = largest(
         num_rows - second,
         lambda n: model.cpu_attention_s(n, prefix[second + n] - prefix[second]) <= window_s,
     )
@@ -73,7 +73,7 @@ def hidden_windows(model: CostModel, base: SubBatchLoad, prefix: Sequence[int]) 
 def hidden_in_one(model: CostModel, base: SubBatchLoad, prefix: Sequence[int]) -> int:
     """Return how many rows hide behind the device's attention when there is one sub-batch."""
     window_s = device_attention_s(model, base)
-    return _largest(
+    return largest(
         len(prefix) - 1, lambda n: n == 0 or model.cpu_attention_s(n, prefix[n]) <= window_s
     )
 
@@ -99,7 +99,7 @@ def one_load(base: SubBatchLoad, prefix: Sequence[int], num_rows: int) -> list[S
     return [replace(base, num_cdec=num_rows, cdec_tokens=prefix[num_rows])]
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
+def largest(most: int, fits: Callable[[int], bool]) -> int:
     """Return the largest n from 0 to `most` that fits, where all smaller ones fit too."""
     low, high = 0, most
     while low < high:

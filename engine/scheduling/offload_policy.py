@@ -138,15 +138,17 @@ class OffloadPolicy:
             (*_highest(lambda n: self._rotating_rate(load, num_device, n), most), True),
         )
         if num_host == demand - num_device:
-            num_host = (
-                self._config.max_num_seqs
-            )  # all: the device may hold fewer than the mean says
+            # All of them, also those that the device holds fewer of than their mean length says.
+            num_host = self._config.max_num_seqs
         if baseline == 0.0:
             return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
         return OffloadTarget(num_host, rate / baseline, rotates)
 
     def _rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
         """Return decode tokens a second of the steady state; 0 if it breaks the TPOT limit."""
+        num_decodes = num_device + num_host
+        if num_decodes == 0:
+            return 0.0
         prefix = prefix_sums([load.resident_tokens] * num_host)
 
         def time(base: SubBatchLoad) -> float:
@@ -156,9 +158,6 @@ class OffloadPolicy:
                 candidates.append(dealt_loads(base, prefix, deal))
             return min(predict(self._model, loads).step_s for loads in candidates)
 
-        num_decodes = num_device + num_host
-        if num_decodes == 0:
-            return 0.0
         step_s = self._step_s(load, num_device, num_decodes, num_host / num_decodes, time)
         # The baseline has no choice: the limit rules out hosts' shares only.
         if num_host and step_s > self._config.tpot_limit_s:
@@ -174,8 +173,9 @@ class OffloadPolicy:
         swap_tokens = round(num_decodes / load.output_tokens * load.resident_tokens)
 
         def time(base: SubBatchLoad) -> float:
-            base.num_rotating, base.rotating_tokens = num_host, num_host * load.resident_tokens
-            return predict(self._model, [base], swap_tokens=swap_tokens).step_s
+            tokens = num_host * load.resident_tokens
+            rotating = replace(base, num_rotating=num_host, rotating_tokens=tokens)
+            return predict(self._model, [rotating], swap_tokens=swap_tokens).step_s
 
         step_s = self._step_s(load, num_device, num_decodes, 1.0, time)
         if step_s * rotation_steps(self._model) > self._config.tpot_limit_s:

@@ -11,6 +11,7 @@ from itertools import accumulate
 
 from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
 from engine.request import Request
+from engine.scheduling.dealing import largest, prefix_sums
 from engine.scheduling.step_view import StepView
 from engine.step_plan import RotatingRow, ScheduledRequest, SubBatch
 
@@ -34,7 +35,7 @@ def form_rotation(model: CostModel, view: StepView, base: SubBatch) -> RotationD
     """
     going_on = [request for request in view.cdec if request.rotation_layer is not None]
     ready = [request for request in view.cdec if request.rotation_layer is None]
-    prefix = list(accumulate((r.num_tokens for r in going_on + ready), initial=0))
+    prefix = prefix_sums([request.num_tokens for request in going_on + ready])
     num_full = _num_hidden(model, base, prefix)
     room = max(0, num_full - len(going_on))
     most_at_once = -(-num_full // rotation_steps(model))
@@ -59,14 +60,7 @@ def _num_hidden(model: CostModel, base: SubBatch, prefix: Sequence[int]) -> int:
         num_gdec=len(base.gdec), gdec_tokens=sum(item.end for item in base.gdec), num_rotating=1
     )
     device_s = predict(model, [load]).step_s
-    low, high = 0, len(prefix) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if model.cpu_attention_s(middle, prefix[middle]) <= device_s:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return largest(len(prefix) - 1, lambda n: model.cpu_attention_s(n, prefix[n]) <= device_s)
 
 
 def _row(model: CostModel, request: Request) -> RotatingRow:

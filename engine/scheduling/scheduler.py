@@ -162,14 +162,14 @@ class Scheduler:
         """Return who gives way; a request that only awaits its last token keeps its blocks."""
         return [r for r in self._resident(placement) if not r.awaits_last_token][-1]
 
+    def _growing(self, placement: Placement) -> list[Request]:
+        """Return the decodes whose next token needs another block."""
+        needs_blocks = self.residency.needs_blocks
+        return [r for r in self._resident(placement) if _decodes(r) and needs_blocks(r)]
+
     def _reserve_host_decodes(self, plan: StepPlan) -> None:
         """Reserve every host-resident row's next block; the last come give way to the first."""
-        growing = [
-            request
-            for request in self._resident(Placement.HOST)
-            if _decodes(request) and self.residency.needs_blocks(request)
-        ]
-        for request in growing:
+        for request in self._growing(Placement.HOST):
             while request.state is RequestState.RUNNING and not self.residency.can_grow(request):
                 victim = self._last_resident(Placement.HOST)
                 self._preempt(victim)
@@ -179,12 +179,7 @@ class Scheduler:
 
     def _reserve_device_decodes(self, plan: StepPlan) -> None:
         """Reserve every device-resident row's next block; the last come give way to the first."""
-        growing = [
-            request
-            for request in self._resident(Placement.DEVICE)
-            if _decodes(request) and self.residency.needs_blocks(request)
-        ]
-        for request in growing:
+        for request in self._growing(Placement.DEVICE):
             while _is_on_device(request) and not self.residency.can_grow(request):
                 victim = self._last_resident(Placement.DEVICE)
                 if self._rules.should_swap_out(victim):

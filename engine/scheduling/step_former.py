@@ -14,6 +14,7 @@ Rotating rows are worth a layer of a token each (see `rotating`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from engine.cost_model import CostModel, SubBatchLoad, load_of, predict, rotation_steps
 from engine.request import Placement, Request
@@ -102,14 +103,11 @@ class StepFormer:
         base.gdec.extend(_decodes(view.gdec))
         rotation = form_rotation(self._model, view, base)
         base.rotating.extend(rotation.rows)
-        draft = self._draft(view, [base], admitted, [load_of(self._model, base)], weight)
+        load = load_of(self._model, base)
+        draft = self._draft(view, [base], admitted, [load], weight)
+        full = replace(load, num_rotating=rotation.num_full, rotating_tokens=rotation.full_tokens)
         draft.rotates = True
-        full = load_of(self._model, base)
-        full.num_rotating, full.rotating_tokens = rotation.num_full, rotation.full_tokens
-        prediction = predict(
-            self._model, [full], swap_tokens=view.swap_tokens, prefill_weight=weight
-        )
-        draft.rate = prediction.tokens_per_s
+        draft.rate = self._draft(view, [base], admitted, [full], weight).prediction.tokens_per_s
         token_s = draft.prediction.step_s * rotation_steps(self._model)
         if rotation.rows and token_s > self._config.tpot_limit_s:
             draft.within_limit = False
