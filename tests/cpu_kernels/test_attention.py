@@ -1,5 +1,7 @@
 """Decode attention against the oracle; appending; independence of batch and threads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,6 +49,22 @@ def test_lengths(attention: CpuAttention, block_size: int, length: str) -> None:
     }
     case = make_case(lengths[length], block_size=block_size)
     assert_close(run(attention, case), case)
+
+
+def test_more_elements_than_31_bits_count(attention: CpuAttention) -> None:
+    """Overlap mode sees the whole host pool as one layer."""
+    case = make_case([100], cache_dtype=torch.bfloat16)
+    small, heads = case.k_cache.shape[0], case.k_cache.shape[1:].numel()
+    num_blocks = 2**31 // heads + small
+    caches = []
+    for cache in (case.k_cache, case.v_cache):
+        # Only what is written takes memory.
+        large = torch.empty(num_blocks, *cache.shape[1:], dtype=cache.dtype)
+        large[-small:] = cache
+        caches.append(large)
+    tables = case.block_tables + num_blocks - small
+    moved = replace(case, k_cache=caches[0], v_cache=caches[1], block_tables=tables)
+    assert torch.equal(run(attention, moved), run(attention, case))
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16, torch.float32])
