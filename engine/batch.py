@@ -18,15 +18,19 @@ import torch
 class PagedRows:
     """Rows whose KV one pool holds. T tokens, S requests, of which the first D are decodes.
 
+    There may be more places than rows. A decode to spare has length 0; if it is a prefill's row at
+    the same time, what decode attention leaves there is overwritten. Prefills to spare begin where
+    the last one ends, and tokens to spare have slot -1.
+
     Args:
         num_decodes: D; each has one token, and they come first.
         slot_mapping: `[T]`, int64, device; `block_id * block_size + offset` of each token.
-        prefill_cu_seqlens_q: `[S - D + 1]`, int32, device; where each prefill's tokens begin among
-            the prefills' tokens.
+        prefill_cu_seqlens_q: `[S - D + 1]`, int32, device; the rows where each prefill begins, and
+            where the last one ends.
         seq_lens: `[S]`, int32, device; tokens in the cache after this step.
         block_tables: `[S, max_blocks]`, int32, device; unused entries are 0.
-        query_lens: Tokens of each request, on the host.
-        context_lens: Tokens in the cache after this step of each request, on the host.
+        max_decode_len: About what the longest decode has in the cache; it steers only how
+            attention is cut.
         num_splits: Into how many splits decode attention cuts a request; None: as it sees fit.
     """
 
@@ -35,8 +39,7 @@ class PagedRows:
     prefill_cu_seqlens_q: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
-    query_lens: Sequence[int]
-    context_lens: Sequence[int]
+    max_decode_len: int
     num_splits: int | None = None
 
     @property
@@ -47,7 +50,7 @@ class PagedRows:
     @property
     def num_seqs(self) -> int:
         """S."""
-        return len(self.query_lens)
+        return int(self.seq_lens.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,12 @@ from engine.batch import (
     ScoredRows,
     StagedCopy,
 )
+from engine.batch_arrays import input_ids_of, positions_of, slots_of, sources_of
 from engine.kv_blocks import BlockPool
 from engine.request import Request
 from engine.rotation import Rotation, RotationPlaces
 from engine.step_plan import ScheduledRequest, SubBatch
 from engine.table_rows import TableRows
-from engine.token_feedback import NO_SOURCE
 from engine.upload import Ints, Upload
 
 
@@ -57,9 +57,9 @@ class BatchBuilder:
         resident, places = sub_batch.resident, self._places(sub_batch)
         items = resident + _entering(places)
         upload = Upload(self._device)
-        input_ids, sources = _input_ids(items), _sources(items, source)
+        input_ids, sources = input_ids_of(items), sources_of(items, source)
         first = upload.add(input_ids)
-        upload.add(_positions(items))
+        upload.add(positions_of(items))
         device_items = sub_batch.gdec + sub_batch.gprf
         upload.add(_logits_rows(resident, places))
         tables = [self._table(self._device_tables, item) for item in device_items]
@@ -139,13 +139,14 @@ class _RowsUpload:
     ) -> None:
         items = [*decodes, *prefills]
         self._num_decodes = len(decodes)
-        self._query_lens = [item.num_tokens for item in items]
-        self._context_lens = [item.end for item in items]
-        slots = [_slots(item, table, block_size) for item, table in zip(items, tables, strict=True)]
+        self._max_decode_len = max((item.end for item in decodes), default=0)
+        slots = [
+            slots_of(item, table, block_size) for item, table in zip(items, tables, strict=True)
+        ]
         self._first = upload.add(np.concatenate([*slots, np.empty(0, dtype=np.int64)]))
-        starts = np.cumsum([0, *(item.num_tokens for item in prefills)])
+        starts = np.cumsum([len(decodes), *(item.num_tokens for item in prefills)])
         upload.add(starts.astype(np.int32))
-        upload.add(np.asarray(self._context_lens, dtype=np.int32))
+        upload.add(np.asarray([item.end for item in items], dtype=np.int32))
         upload.add(_pad(tables))
 
     def take(self, sent: list[torch.Tensor]) -> PagedRows:
@@ -156,8 +157,7 @@ class _RowsUpload:
             prefill_cu_seqlens_q=starts,
             seq_lens=seq_lens,
             block_tables=tables,
-            query_lens=self._query_lens,
-            context_lens=self._context_lens,
+            max_decode_len=self._max_decode_len,
         )
 
 
@@ -258,39 +258,6 @@ def _host_decode_rows(items: Sequence[ScheduledRequest], tables: Sequence[Ints])
     )
 
 
-def _input_ids(items: Sequence[ScheduledRequest]) -> Ints:
-    """Return all tokens; pending ones are `PENDING_TOKEN`."""
-    ids: list[int] = []
-    for item in items:
-        ids.extend(item.request.token_ids(item.start, item.end))
-    return np.asarray(ids, dtype=np.int64)
-
-
-def _positions(items: Sequence[ScheduledRequest]) -> Ints:
-    none = np.empty(0, dtype=np.int64)
-    return np.concatenate([none, *(np.arange(item.start, item.end) for item in items)])
-
-
-def _sources(
-    items: Sequence[ScheduledRequest], source: Callable[[Request], int] | None
-) -> Ints | None:
-    """Return where each token comes from; None if all are known."""
-    ends = np.cumsum([item.num_tokens for item in items])
-    # Only the last token of a request can be pending, and only one that decodes has one.
-    pending = [
-        (end - 1, item.request)
-        for end, item in zip(ends, items, strict=True)
-        if item.request.num_pending_tokens and item.samples
-    ]
-    if not pending:
-        return None
-    assert source is not None, "pending tokens need a source"
-    sources = np.full(int(ends[-1]), NO_SOURCE, dtype=np.int64)
-    for place, request in pending:
-        sources[place] = source(request)
-    return sources
-
-
 def _scored_rows(items: Sequence[ScheduledRequest]) -> list[ScoredRows]:
     scored, row = [], 0
     for item in items:
@@ -308,12 +275,6 @@ def _scored_rows(items: Sequence[ScheduledRequest]) -> list[ScoredRows]:
             )
         row += item.num_tokens
     return scored
-
-
-def _slots(item: ScheduledRequest, table: Ints, block_size: int) -> Ints:
-    positions = np.arange(item.start, item.end)
-    slots: Ints = table[positions // block_size].astype(np.int64) * block_size
-    return slots + positions % block_size
 
 
 def _pad(tables: Sequence[Ints]) -> Ints:

@@ -19,7 +19,6 @@ from engine.batch_builder import BatchBuilder
 from engine.checkpoint import Checkpoint
 from engine.config import DTYPES, EngineConfig
 from engine.cost_model.table import StepTables
-from engine.decode_graphs import DecodeGraphs
 from engine.errors import CapacityError, ConfigError, StepError
 from engine.kv_blocks import BlockPool
 from engine.memory import (
@@ -36,6 +35,7 @@ from engine.profiler import Profiler
 from engine.prompt_scoring import PromptScores, score_prompts
 from engine.rotation import Rotation
 from engine.sampler import PendingTokens, launch_sampling, sample
+from engine.step_graphs import StepGraphs
 from engine.step_in_flight import StepInFlight, StepResult
 from engine.step_plan import StepPlan
 from engine.token_feedback import TokenFeedback
@@ -129,7 +129,7 @@ class ModelRunner:
             if is_graph:
                 assert self._graphs is not None
                 self._backend.join_copies()  # a graph cannot wait for them layer by layer
-                tokens = self._graphs.launch(plan.scheduled)
+                tokens = self._graphs.launch(plan)
             else:
                 tokens, scores = self._launch_eagerly(plan)
             self._feedback.note(item.request for item in plan.sampling)
@@ -162,7 +162,7 @@ class ModelRunner:
         batches = [complete(self._builder.build(s, source)) for s in sub_batches]
         self._backend.begin_step(batches)
         states = self._model.run_layers(batches)
-        logits = torch.cat(self._model.sampling_logits(states, batches))
+        logits = self._model.sampling_logits(states, batches)
         tokens = launch_sampling(logits, [item.request for item in plan.sampling])
         self._feedback.keep(tokens.token_ids)
         return tokens, self._prompt_scores(states, batches)
@@ -307,15 +307,16 @@ class ModelRunner:
 
     def _make_graphs(
         self, config: EngineConfig, pool: BlockPool, max_model_len: int
-    ) -> DecodeGraphs | None:
+    ) -> StepGraphs | None:
         if self.device.type != "cuda" or config.enforce_eager:
             return None
-        return DecodeGraphs(
+        return StepGraphs(
             self._model,
             self._backend,
             pool,
             self._feedback,
             max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=max_model_len,
         )
 
@@ -330,7 +331,7 @@ class ModelRunner:
         self._backend.allocate_kv_cache(shape, pool.num_blocks)
         batch = BatchBuilder(self.device, pool).build(sub_batch)
         self._backend.begin_step([batch])
-        [logits] = self._model.forward([batch])
+        logits = self._model.forward([batch])
         requests = [sub_batch.gprf[0].request] * limits.max_num_seqs
         sample(logits[:1].expand(limits.max_num_seqs, -1).clone(), requests)
         graphs = self._make_graphs(config, pool, max_model_len)

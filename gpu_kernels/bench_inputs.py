@@ -52,10 +52,9 @@ class PagedInputs:
 
     def prefill(self, tiles: PrefillTiles | None = None) -> Launch:
         """A launch of prefill attention over these inputs."""
-        num_new = self.q.shape[0] // self.seq_lens.shape[0]
         return lambda: paged_prefill_attention(
             self.out, self.q, self.k_cache, self.v_cache, self.block_tables, self.cu_seqlens_q,
-            self.seq_lens, self.heads.head_dim**-0.5, max_seqlen_q=num_new, tiles=tiles,
+            self.seq_lens, self.heads.head_dim**-0.5, tiles=tiles,
         )  # fmt: skip
 
 

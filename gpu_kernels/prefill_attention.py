@@ -21,7 +21,6 @@ from gpu_kernels.checks import (
     check_heads,
     check_pool,
     check_tensor,
-    wrong,
 )
 from gpu_kernels.tiles import PrefillTiles, gpu_class, next_power_of_2, prefill_tiles
 
@@ -126,7 +125,7 @@ def prefill_attention_kernel(
     q_start = tl.load(cu_seqlens_q_ptr + seq)
     q_len = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
     tile_in_seq = tl.cdiv(q_len, TOKENS) - 1 - (tile - (q_start // TOKENS + seq))
-    if tile_in_seq < 0:
+    if tile_in_seq < 0 or tile_in_seq * TOKENS >= q_len:
         return
     seq_len = tl.load(seq_lens_ptr + seq)
     first_token = tile_in_seq * TOKENS
@@ -175,14 +174,13 @@ def paged_prefill_attention(
     seq_lens: torch.Tensor,
     softmax_scale: float,
     *,
-    max_seqlen_q: int,
     tiles: PrefillTiles | None = None,
 ) -> None:
     """Computes causal attention of each sequence's newest tokens over its cached K and V.
 
     Query row j of a sequence with n new tokens is token seq_len - n + j and sees the tokens up to
-    itself. Scores, softmax and sums are float32. Rows of `out` past cu_seqlens_q[-1] stay as they
-    are, and sequences without new tokens (padding) cost nothing.
+    itself. Scores, softmax and sums are float32. Rows of `out` before cu_seqlens_q[0] and past
+    cu_seqlens_q[-1] stay as they are, and sequences without new tokens (padding) cost nothing.
 
     Args:
         out: [total_q, num_q_heads, head_dim], q's dtype, rows may be strided; overwritten.
@@ -190,11 +188,10 @@ def paged_prefill_attention(
         k_cache: [num_blocks, num_kv_heads, block_size, head_dim], q's dtype; one layer's pool.
         v_cache: Like k_cache.
         block_tables: [num_seqs, max_blocks], int32; entries past a sequence's blocks are not read.
-        cu_seqlens_q: [num_seqs + 1], int32, cumulative numbers of new tokens, starting at 0.
+        cu_seqlens_q: [num_seqs + 1], int32, the rows where each sequence's new tokens begin, and
+            where the last one's end.
         seq_lens: [num_seqs], int32, tokens, cached prefix and new ones together.
         softmax_scale: Factor on q·k before the softmax.
-        max_seqlen_q: Host-side bound or estimate of the most new tokens a sequence, tokens; it
-            steers tiles only, the result is right whatever it is.
         tiles: Overrides the tile table; for tuning.
 
     Raises:
@@ -220,8 +217,6 @@ def paged_prefill_attention(
     check_dense_rows("block_tables", block_tables)
     check_contiguous("seq_lens", seq_lens)
     check_contiguous("cu_seqlens_q", cu_seqlens_q)
-    if max_seqlen_q < 1:
-        raise wrong("max_seqlen_q", "at least 1", max_seqlen_q)
     if total_q == 0 or num_seqs == 0:
         return
     if tiles is None:

@@ -168,7 +168,7 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
         )  # fmt: skip
     launch(
         "prefill attention", prefill_attention.paged_prefill_attention,
-        out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 1.0, max_seqlen_q=1,
+        out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 1.0,
     )  # fmt: skip
     launch(
         "rope and store", rope_store.rope_store_kv,

@@ -4,6 +4,7 @@ Both pools have the host layout here, because the processor that reads them is t
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -239,32 +240,34 @@ class CpuBackend:
         rows: PagedRows,
     ) -> None:
         """Attend decodes by the ISPC kernel, then prefills by torch, one after the other."""
-        start = rows.num_decodes
-        if start:
+        num_decodes = rows.num_decodes
+        if num_decodes:
             self._kernels.paged_decode_attention(
-                out[:start],
-                q[:start],
+                out[:num_decodes],
+                q[:num_decodes],
                 k_cache,
                 v_cache,
-                rows.block_tables[:start],
-                rows.seq_lens[:start],
+                rows.block_tables[:num_decodes],
+                rows.seq_lens[:num_decodes],
                 self._checked_shape().softmax_scale,
-                k=k[:start],
-                v=v[:start],
+                k=k[:num_decodes],
+                v=v[:num_decodes],
             )
-        if rows.num_tokens == start:
+        if rows.num_seqs == num_decodes:
             return
-        self._kernels.store_kv(k[start:], v[start:], k_cache, v_cache, rows.slot_mapping[start:])
-        for row in range(rows.num_decodes, rows.num_seqs):
-            query_len, context_len = rows.query_lens[row], rows.context_lens[row]
-            tokens = slice(start, start + query_len)
+        starts = rows.prefill_cu_seqlens_q.tolist()
+        first = starts[0]
+        self._kernels.store_kv(k[first:], v[first:], k_cache, v_cache, rows.slot_mapping[first:])
+        for row, (start, end) in enumerate(pairwise(starts), start=num_decodes):
+            if start == end:
+                continue
+            tokens, context_len = slice(start, end), int(rows.seq_lens[row])
             keys, values = k[tokens], v[tokens]
-            if context_len > query_len:
+            if context_len > end - start:
                 keys, values = self._kernels.gather_kv(
                     k_cache, v_cache, rows.block_tables[row], context_len
                 )
             out[tokens] = self._causal_attention(q[tokens], keys.to(q.dtype), values.to(q.dtype))
-            start += query_len
 
     def _causal_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attend `[Lq, heads, head_dim]` to `[Lk, kv_heads, head_dim]`, aligned at their ends."""

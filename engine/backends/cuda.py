@@ -321,20 +321,19 @@ class CudaBackend:
                 rows.block_tables[:num_decodes],
                 rows.seq_lens[:num_decodes],
                 scale,
-                max_seq_len=max(rows.context_lens[:num_decodes]),
+                max_seq_len=rows.max_decode_len,
                 num_splits=rows.num_splits,
             )
-        if rows.num_tokens > num_decodes:
+        if rows.num_seqs > num_decodes:
             paged_prefill_attention(
-                out[num_decodes:],
-                q[num_decodes:],
+                out,
+                q,
                 k_cache,
                 v_cache,
                 rows.block_tables[num_decodes:],
                 rows.prefill_cu_seqlens_q,
                 rows.seq_lens[num_decodes:],
                 scale,
-                max_seqlen_q=max(rows.query_lens[num_decodes:]),
             )
 
     def close(self) -> None:

@@ -37,7 +37,8 @@ class CostModel(Protocol):
     def launch_s(self, num_handovers: int) -> float:
         """Return the host's time to launch one layer of one sub-batch, kernel by kernel.
 
-        The device cannot be faster than this, except in steps that are launched as one graph.
+        The device cannot be faster than this, except in steps that are launched as one graph: see
+        `engine.graph_limits`.
 
         Args:
             num_handovers: 1 if the sub-batch hands rows over to the host, else 0.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.cost_model.base import CostModel
+from engine.graph_limits import MAX_GRAPH_TOKENS
 from engine.step_plan import StepPrediction, SubBatch
 
 _SWAP_LEAD_LAYERS = 4
@@ -163,10 +164,13 @@ def _handover_s(model: CostModel, load: SubBatchLoad) -> float:
 
 
 def _is_graph(loads: Sequence[SubBatchLoad]) -> bool:
-    """Return whether only device-resident requests decode: such steps are launched as a whole."""
-    return sum(load.num_rows + load.num_rotating for load in loads) == sum(
-        load.num_gdec for load in loads
-    )
+    """Return whether the step is launched as a whole; see `StepGraphs.fits`."""
+    busy = [load for load in loads if load.num_rows or load.num_rotating]
+    if any(load.num_cdec or load.num_rotating or load.copy_out_tokens for load in busy):
+        return False
+    if len(busy) > 1:
+        return False
+    return all(not n.num_prefill_tokens or n.num_rows <= MAX_GRAPH_TOKENS for n in busy)
 
 
 def _launch_s(model: CostModel, loads: Sequence[SubBatchLoad]) -> float:

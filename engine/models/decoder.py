@@ -32,6 +32,10 @@ class FinalStates:
     hidden: torch.Tensor
     residual: torch.Tensor
 
+    def select(self, rows: torch.Tensor) -> "FinalStates":
+        """Return some rows only, by their numbers."""
+        return FinalStates(self.hidden[rows], self.residual[rows])
+
 
 class DecoderModel:
     """A decoder on one device.
@@ -69,18 +73,28 @@ class DecoderModel:
         )
 
     @torch.inference_mode()
-    def forward(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    def forward(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Run the sub-batches of a step: `run_layers`, then `sampling_logits`."""
         return self.sampling_logits(self.run_layers(batches), batches)
 
     def sampling_logits(
         self, states: Sequence[FinalStates], batches: Sequence[Batch]
-    ) -> list[torch.Tensor]:
-        """Return, for each sub-batch, logits of its `logits_rows`, `[L, vocab_size]`."""
-        return [
-            self.logits(rows.hidden, rows.residual, batch.logits_rows)
+    ) -> torch.Tensor:
+        """Return logits of all sub-batches' `logits_rows`, one behind the other.
+
+        The head is read once for all of them.
+
+        Returns:
+            `[L, vocab_size]`, the model's dtype.
+        """
+        wanted = [
+            rows if batch.logits_rows is None else rows.select(batch.logits_rows)
             for rows, batch in zip(states, batches, strict=True)
         ]
+        if len(wanted) == 1:
+            return self.logits(wanted[0].hidden, wanted[0].residual, None)
+        hidden = torch.cat([rows.hidden for rows in wanted])
+        return self.logits(hidden, torch.cat([rows.residual for rows in wanted]), None)
 
     @torch.inference_mode()
     def run_layers(self, batches: Sequence[Batch]) -> list[FinalStates]:

@@ -44,7 +44,7 @@ def neo_logits(
         wanted = torch.arange(num_tokens, device=backend.device)
         batch = replace(builder.build(sub_batch), logits_rows=wanted)
         backend.begin_step([batch])
-        rows.append(model.forward([batch])[0].float().cpu())
+        rows.append(model.forward([batch]).float().cpu())
         backend.end_step()
     backend.close()
     return torch.cat(rows)

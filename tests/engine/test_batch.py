@@ -55,9 +55,9 @@ def check_rows(rows: PagedRows, pool: BlockPool, decodes: list, prefills: list) 
     items = [*decodes, *prefills]
     assert rows.slot_mapping.tolist() == expected_slots(pool, items)
     assert rows.num_decodes == len(decodes)
-    assert rows.seq_lens.tolist() == list(rows.context_lens) == [item.end for item in items]
-    assert list(rows.query_lens) == [item.num_tokens for item in items]
-    starts = [0]
+    assert rows.seq_lens.tolist() == [item.end for item in items]
+    assert rows.max_decode_len == max((item.end for item in decodes), default=0)
+    starts = [len(decodes)]
     for item in prefills:
         starts.append(starts[-1] + item.num_tokens)
     assert rows.prefill_cu_seqlens_q.tolist() == starts

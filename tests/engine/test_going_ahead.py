@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.decode_graphs import DecodeGraphs, row_ladder
 from engine.llm import LLM
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from engine.step_graphs import StepGraphs, row_ladder
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES, GPU_MARKS
 
@@ -130,13 +130,14 @@ def test_static_buffers_change_nothing(folder: Path, monkeypatch, params, ahead:
     with make_llm(folder, "cpu", **options) as llm:
         expected = completions(llm, params)
 
-    def make_graphs(runner: ModelRunner, config, pool, max_model_len: int) -> DecodeGraphs:
-        return DecodeGraphs(
+    def make_graphs(runner: ModelRunner, config, pool, max_model_len: int) -> StepGraphs:
+        return StepGraphs(
             runner._model,
             runner._backend,
             pool,
             runner._feedback,
             max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=max_model_len,
         )
 

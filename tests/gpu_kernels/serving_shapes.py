@@ -38,9 +38,7 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
                 max_seq_len=max_seq_len, num_splits=num_splits,
             )  # fmt: skip
         cu_seqlens_q = ints(num_rows + 1, dtype=torch.int32)
-        paged_prefill_attention(
-            out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 0.1, max_seqlen_q=num_rows
-        )
+        paged_prefill_attention(out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 0.1)
         slots = ints(num_rows, dtype=torch.int64)
         table = torch.zeros(1000, shape.rotary_dim or shape.head_dim, device=device)
         weight = torch.ones(shape.head_dim, dtype=shape.dtype, device=device)

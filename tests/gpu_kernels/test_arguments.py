@@ -26,7 +26,7 @@ def decode_args(n: int = N) -> dict[str, Any]:
 
 
 def prefill_args(n: int = N) -> dict[str, Any]:
-    args = decode_args(n) | {"cu_seqlens_q": zeros(n + 1, dtype=I32), "max_seqlen_q": 1}
+    args = decode_args(n) | {"cu_seqlens_q": zeros(n + 1, dtype=I32)}
     del args["max_seq_len"]
     return args
 
@@ -119,7 +119,6 @@ WRONG_VALUES = [
     ("rope", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
     ("store", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
     ("norm", {"weight": zeros(2 * D)[::2]}, "weight"),
-    ("prefill", {"max_seqlen_q": 0}, "max_seqlen_q"),
     ("prefill", {"seq_lens": zeros(2 * N, dtype=I32)[::2]}, "seq_lens"),
     ("prefill", {"cu_seqlens_q": zeros(2 * N + 2, dtype=I32)[::2]}, "cu_seqlens_q"),
     ("rope", {"cos_sin_cache": zeros(9, D + 2, dtype=F32)}, "rotary_dim"),

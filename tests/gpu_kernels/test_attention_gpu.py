@@ -100,7 +100,6 @@ def run_prefill(
     seq_lens = torch.tensor([end], dtype=torch.int32, device="cuda")
     paged_prefill_attention(
         out, q, batch.k_cache, batch.v_cache, batch.block_tables, cu_seqlens_q, seq_lens, 0.125,
-        max_seqlen_q=end - start,
     )  # fmt: skip
 
 
@@ -139,5 +138,5 @@ def test_decode_and_prefill_of_one_token_agree() -> None:
     args = (q, batch.k_cache, batch.v_cache, batch.block_tables)
     paged_decode_attention(decoded, *args, batch.seq_lens, 0.1, max_seq_len=900)
     starts = torch.arange(4, dtype=torch.int32, device="cuda")
-    paged_prefill_attention(prefilled, *args, starts, batch.seq_lens, 0.1, max_seqlen_q=1)
+    paged_prefill_attention(prefilled, *args, starts, batch.seq_lens, 0.1)
     assert (decoded - prefilled).abs().max().item() < 1e-5

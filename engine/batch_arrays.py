@@ -1,0 +1,51 @@
+"""The numbers of a step's tokens, as arrays: which, at which positions, in which slots."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from engine.request import Request
+from engine.step_plan import ScheduledRequest
+from engine.token_feedback import NO_SOURCE
+from engine.upload import Ints
+
+
+def input_ids_of(items: Sequence[ScheduledRequest]) -> Ints:
+    """Return all tokens; pending ones are `PENDING_TOKEN`."""
+    ids: list[int] = []
+    for item in items:
+        ids.extend(item.request.token_ids(item.start, item.end))
+    return np.asarray(ids, dtype=np.int64)
+
+
+def positions_of(items: Sequence[ScheduledRequest]) -> Ints:
+    """Return each token's place in its request."""
+    none = np.empty(0, dtype=np.int64)
+    return np.concatenate([none, *(np.arange(item.start, item.end) for item in items)])
+
+
+def sources_of(
+    items: Sequence[ScheduledRequest], source: Callable[[Request], int] | None
+) -> Ints | None:
+    """Return where each token comes from; None if all are known."""
+    ends = np.cumsum([item.num_tokens for item in items])
+    # Only the last token of a request can be pending, and only one that decodes has one.
+    pending = [
+        (end - 1, item.request)
+        for end, item in zip(ends, items, strict=True)
+        if item.request.num_pending_tokens and item.samples
+    ]
+    if not pending:
+        return None
+    assert source is not None, "pending tokens need a source"
+    sources = np.full(int(ends[-1]), NO_SOURCE, dtype=np.int64)
+    for place, request in pending:
+        sources[place] = source(request)
+    return sources
+
+
+def slots_of(item: ScheduledRequest, table: Ints, block_size: int) -> Ints:
+    """Return where K and V of each token go: `block_id * block_size + offset`."""
+    positions = np.arange(item.start, item.end)
+    slots: Ints = table[positions // block_size].astype(np.int64) * block_size
+    return slots + positions % block_size
