@@ -101,6 +101,19 @@ class HostDecodeRows:
         return int(self.seq_lens.shape[0])
 
 
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """What the CPU is to attend to in a step.
+
+    Args:
+        decodes: Of each lane, None where there are none.
+        rotating: Of each segment, None where there are none; None if the step has no rotating rows.
+    """
+
+    decodes: Sequence[HostDecodeRows | None] = ()
+    rotating: Sequence[HostDecodeRows | None] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotatingRows:
     """Host-resident decodes that are in the batch for one layer each; see `RotatingRow`.
@@ -213,3 +226,12 @@ class Batch:
     def host_decode_tokens(self) -> slice:
         """Where the tokens of `host_decodes` are."""
         return slice(self.host_prefill_tokens.stop, self.num_resident_tokens)
+
+
+def host_work_of(batches: Sequence[Batch]) -> HostWork:
+    """Return what the CPU is to attend to for some sub-batches."""
+    rotating = [batch.rotating for batch in batches if batch.rotating is not None]
+    return HostWork(
+        decodes=[batch.host_decodes for batch in batches],
+        rotating=rotating[0].lanes if rotating else None,
+    )

@@ -3,6 +3,7 @@
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.few_rows import skinny_gated_linear, skinny_linear
+from gpu_kernels.handover import receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.merge_splits import paged_decode_workspace_size
@@ -15,8 +16,10 @@ __all__ = [
     "paged_decode_attention",
     "paged_decode_workspace_size",
     "paged_prefill_attention",
+    "receive_rows",
     "rms_norm",
     "rope_store_kv",
+    "send_rows",
     "silu_and_mul",
     "skinny_gated_linear",
     "skinny_linear",

@@ -15,6 +15,7 @@ from gpu_kernels import (
     activation,
     decode_attention,
     few_rows,
+    handover,
     kv_store,
     kv_swap,
     merge_splits,
@@ -31,6 +32,8 @@ KERNELS: tuple[Any, ...] = (
     rope_store.rope_store_kernel,
     kv_store.store_kv_kernel,
     kv_swap.swap_kv_kernel,
+    handover.send_rows_kernel,
+    handover.receive_rows_kernel,
     norm.rms_norm_kernel,
     activation.silu_and_mul_kernel,
     few_rows.skinny_linear_kernel,
@@ -178,6 +181,14 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
     launch("store", kv_store.store_kv, k, v, k_cache, v_cache, positions)
     launch("swap out", kv_swap.swap_out_kv, *swapped)
     launch("swap in", kv_swap.swap_in_kv, *swapped)
+    words = zeros(2, handover.BELL_WORDS, dtype=torch.int32)[None]
+    parameters, word = zeros(3, dtype=torch.int32), zeros(1, dtype=torch.int32)
+    launch("send rows", handover.send_rows, qkv[None], qkv, words, parameters, word, 0)
+    launch(
+        "receive rows", handover.receive_rows,
+        out.flatten(1), out.flatten(1)[None], words, parameters, word,
+        zeros(1, dtype=torch.int64), 0, limit_s=1.0,
+    )  # fmt: skip
     launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
     launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)
     launch("silu and mul", activation.silu_and_mul, activated, gate_up)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.batch import Batch
+from engine.batch import Batch, HostWork
 from engine.model_config import ModelConfig
 
 
@@ -127,7 +127,21 @@ class Backend(Protocol):
         """Copy blocks of all layers from the host pool to the device pool, in step order."""
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Announce a step: lane `i` of the calls that follow is `batches[i]`."""
+        """Announce a step and give the CPU its part of it."""
+
+    def announce(self, batches: Sequence[Batch]) -> None:
+        """Say that lane `i` of the calls that follow is `batches[i]`.
+
+        Those that are captured in a graph are announced once; every launch then needs a
+        `begin_host`.
+        """
+
+    def begin_host(self, work: HostWork) -> None:
+        """Give the CPU a step's host-resident decodes, before the device begins the step.
+
+        Raises:
+            StepError: An earlier rotation failed.
+        """
 
     def join_copies(self) -> None:
         """Let work launched after this wait for all copies between host and device so far."""

@@ -15,7 +15,7 @@ from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import ClockMark
-from engine.batch import Batch, PagedRows
+from engine.batch import Batch, HostWork, PagedRows, host_work_of
 from engine.errors import CapacityError, ConfigError
 from engine.host_memory import allocate_host_tensor
 from engine.model_config import ModelConfig
@@ -105,10 +105,20 @@ class CpuBackend:
         self._v_cache[:, device_blocks] = host.v_pool[:, host_blocks]
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Announce a step; see `Backend`."""
+        """Announce a step and begin it; see `Backend`."""
+        self.announce(batches)
+        self.begin_host(host_work_of(batches))
+
+    def announce(self, batches: Sequence[Batch]) -> None:
+        """Say what the calls that follow are about; see `Backend`."""
         self._batches = batches
         if self._host is not None:
-            self._host.begin_step(batches)
+            self._host.announce(batches)
+
+    def begin_host(self, work: HostWork) -> None:
+        """Give the CPU its part; see `Backend`."""
+        if self._host is not None:
+            self._host.begin_step(work)
 
     def join_copies(self) -> None:
         """Nothing to do: copies are made at once."""

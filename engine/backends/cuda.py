@@ -7,11 +7,13 @@ import torch
 from cpu_kernels.attention import CpuAttention
 from cpu_kernels.errors import KernelBuildError
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
+from engine.backends.channels import PinnedBuffers
 from engine.backends.cuda_staging import Staging
 from engine.backends.cuda_swaps import Swaps
+from engine.backends.handover import DeviceHandover
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import StreamMark
-from engine.batch import Batch, PagedRows
+from engine.batch import Batch, HostWork, PagedRows, host_work_of
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
@@ -120,10 +122,15 @@ class CudaBackend:
             self._kernels = CpuAttention(cache_dir(), self._num_threads)
         except KernelBuildError as error:
             raise ConfigError(f"{error}, or use --mode gpu-only") from error
-        self._host = HostAttention(self._kernels, shape, size, self.device)
+        self._host = HostAttention(self._kernels, shape, size, self.device, self._make_channels)
         self._staging = Staging(shape, self._host, self.device)
         self._swaps = Swaps(self._k_cache, self._v_cache, self._host)
         self._no_slots = torch.full((size.max_rows,), -1, dtype=torch.int64, device=self.device)
+
+    def _make_channels(
+        self, buffers: PinnedBuffers, num_channels: int, limit_s: float
+    ) -> DeviceHandover:
+        return DeviceHandover(buffers, num_channels, self.device, limit_s)
 
     def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
         """Copy blocks to the host pool, under the step's compute; see `Backend`."""
@@ -134,10 +141,20 @@ class CudaBackend:
         self._checked_swaps().start(device_blocks, host_blocks, to_host=False)
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Announce a step; see `Backend`."""
+        """Announce a step and begin it; see `Backend`."""
+        self.announce(batches)
+        self.begin_host(host_work_of(batches))
+
+    def announce(self, batches: Sequence[Batch]) -> None:
+        """Say what the calls that follow are about; see `Backend`."""
         self._batches = batches
         if self._host is not None:
-            self._host.begin_step(batches)
+            self._host.announce(batches)
+
+    def begin_host(self, work: HostWork) -> None:
+        """Give the CPU its part; see `Backend`."""
+        if self._host is not None:
+            self._host.begin_step(work)
 
     def join_copies(self) -> None:
         """Let later work wait for the step's copies; see `Backend`."""

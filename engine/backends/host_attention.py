@@ -1,7 +1,7 @@
 """Attention on the CPU for host-resident decodes: the host pool, its service and the rows between.
 
 The device copies rotated Q, K and V rows to `rows`, rings, and later waits and copies `out` back.
-Both buffers and the bells are pinned when the device is a GPU.
+Both buffers and the bells are pinned when the device is a GPU, which then does all that by kernels.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,18 @@ from cpu_kernels.errors import ServiceError
 from cpu_kernels.service import AttentionService
 from cpu_kernels.step import Lane
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes
-from engine.backends.doorbells import Doorbells, HostDoorbells, StreamDoorbells
+from engine.backends.channels import Channels, MakeChannels, Order, PinnedBuffers
+from engine.backends.doorbells import HostDoorbells
 from engine.backends.rotating_attention import RotatingAttention
-from engine.batch import Batch, RotatingRows
+from engine.batch import Batch, HostWork
 from engine.errors import CapacityError, StepError
 from engine.host_memory import allocate_host_tensor, pin, unpin
 
 NUM_LANES = 2
 DEFAULT_TIMEOUT_S = 30.0
 """Rows or answers that take longer than this are overdue; a layer takes milliseconds on a GPU."""
+GPU_GRACE_S = 10.0
+"""How much longer the GPU would wait if the service did not let it go."""
 
 
 class HostAttention:
@@ -33,6 +36,7 @@ class HostAttention:
         shape: The heads.
         size: Of the host pool.
         device: Whose rows are attended to.
+        make_channels: Makes the way there and back; None if the device is the CPU.
 
     Raises:
         CapacityError: Host memory does not suffice or cannot be pinned.
@@ -44,7 +48,9 @@ class HostAttention:
         shape: AttentionShape,
         size: HostPoolSize,
         device: torch.device,
+        make_channels: MakeChannels | None = None,
     ) -> None:
+        self._make_channels = make_channels
         self._shape = shape
         self._kernels = kernels
         self._max_rows = size.max_rows
@@ -73,9 +79,8 @@ class HostAttention:
             bells=bells,
             timeout_s=DEFAULT_TIMEOUT_S,
         )
-        self._bells: Doorbells = (
-            StreamDoorbells(bells, device) if self._on_gpu else HostDoorbells(self._service)
-        )
+        self._bells = HostDoorbells(self._service)
+        self._channels = self._channels_over(self._rows, self._out, bells, NUM_LANES)
         self._lanes: dict[int, int] = {}
         self._tickets: list[int] = []
 
@@ -97,6 +102,19 @@ class HostAttention:
             ) from error
         return tensor
 
+    def _channels_over(
+        self, rows: torch.Tensor, out: torch.Tensor, bells: torch.Tensor, count: int
+    ) -> Channels | None:
+        if self._make_channels is None:
+            return None
+        buffers = PinnedBuffers(
+            rows=rows,
+            out=out,
+            bells=bells,
+            allocate=lambda shape, dtype: self._allocate(shape, dtype, self._kernels),
+        )
+        return self._make_channels(buffers, count, DEFAULT_TIMEOUT_S + GPU_GRACE_S)
+
     @property
     def rotating(self) -> RotatingAttention:
         """Attention for rotating rows, once a step has had some."""
@@ -108,16 +126,17 @@ class HostAttention:
         """Steps with rotating rows so far."""
         return self._rotating.num_steps if self._rotating is not None else 0
 
-    def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Give the services the step's host-resident decodes; lanes without any take no part."""
+    def announce(self, batches: Sequence[Batch]) -> None:
+        """Say which rotating rows the calls that follow are about."""
         for batch in batches:
             if batch.rotating is not None:
-                self._begin_rotation(batch.rotating)
-        lanes = [
-            (lane, batch.host_decodes)
-            for lane, batch in enumerate(batches)
-            if batch.host_decodes is not None
-        ]
+                self._made_rotating(len(batch.rotating.segments)).announce(batch.rotating)
+
+    def begin_step(self, work: HostWork) -> None:
+        """Give the services what to attend to; lanes without any rows take no part."""
+        if work.rotating is not None:
+            self._made_rotating(len(work.rotating)).begin_step(work.rotating)
+        lanes = [(lane, rows) for lane, rows in enumerate(work.decodes) if rows is not None]
         self._lanes = {lane: at for at, (lane, _) in enumerate(lanes)}
         if not lanes:
             return
@@ -128,25 +147,39 @@ class HostAttention:
             self._shape.softmax_scale,
         )
         self._tickets = [self._service.first_ticket(at) for at in range(len(lanes))]
+        if self._channels is not None:
+            self._channels.begin_step(
+                {
+                    lane: Order(self._tickets[at], rows.num_seqs, at)
+                    for at, (lane, rows) in enumerate(lanes)
+                }
+            )
 
-    def _begin_rotation(self, rows: RotatingRows) -> None:
+    def _made_rotating(self, num_segments: int) -> RotatingAttention:
         if self._rotating is None:
             self._rotating = RotatingAttention(
                 self._kernels,
                 self._shape,
-                num_segments=len(rows.segments),
+                num_segments=num_segments,
                 max_rows=self._max_rows,
                 pools=(self.k_pool, self.v_pool),
                 device=self._device,
                 allocate=self._allocate,
+                channels_over=self._channels_over,
                 timeout_s=DEFAULT_TIMEOUT_S,
             )
-        self._rotating.begin_step(rows)
+        return self._rotating
 
     def send(self, lane: int, layer: int, qkv: torch.Tensor) -> None:
-        """Hand over rotated rows, `[S, (num_q_heads + 2 * num_kv_heads) * head_dim]`."""
+        """Hand over rotated rows, `[S, (num_q_heads + 2 * num_kv_heads) * head_dim]`.
+
+        There may be more of them than the service was given; it takes the first ones.
+        """
+        if self._channels is not None:
+            self._channels.send(lane, layer, qkv)
+            return
         at = self._lanes[lane]
-        self._rows[at, : qkv.shape[0]].copy_(qkv, non_blocking=True)
+        self._rows[at, : qkv.shape[0]].copy_(qkv)
         self._bells.ring(at, self._tickets[at] + layer)
 
     def receive(self, lane: int, layer: int, out: torch.Tensor) -> None:
@@ -155,12 +188,19 @@ class HostAttention:
         Raises:
             StepError: The device is the CPU and the service has failed.
         """
+        if self._channels is not None:
+            self._channels.receive(lane, layer, out)
+            return
         at = self._lanes[lane]
         try:
             self._bells.wait(at, self._tickets[at] + layer)
         except ServiceError as error:
             raise StepError(f"CPU attention failed: {error}") from error
-        out.copy_(self._out[at, : out.shape[0]], non_blocking=True)
+        out.copy_(self._out[at, : out.shape[0]])
+
+    def _take_waiting_s(self) -> float:
+        bells = self._bells if self._channels is None else self._channels
+        return bells.take_waiting_s()
 
     def end_step(self) -> HostStepTimes | None:
         """Wait until the service has left the step; see `Backend`."""
@@ -172,13 +212,13 @@ class HostAttention:
         except ServiceError as error:
             if self._on_gpu:
                 torch.cuda.synchronize(self._device)
-            self._bells.take_waiting_s()
+            self._take_waiting_s()
             raise StepError(f"CPU attention failed: {error}") from error
         return HostStepTimes(
             attention_s=tuple(report.attention_s),
             waiting_s=report.waiting_s,
             handover_s=report.handover_s,
-            device_waiting_s=self._bells.take_waiting_s(),
+            device_waiting_s=self._take_waiting_s(),
         )
 
     def abandon_step(self, reason: str) -> None:

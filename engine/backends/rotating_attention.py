@@ -7,7 +7,7 @@ as one layer whose blocks count through all of the model's.
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,30 +17,37 @@ from cpu_kernels.errors import ServiceError
 from cpu_kernels.service import AttentionService
 from cpu_kernels.step import Lane, StepReport
 from engine.backends.base import AttentionShape, HostStepTimes
-from engine.backends.doorbells import Doorbells, HostDoorbells, StreamDoorbells
-from engine.batch import RotatingRows
+from engine.backends.channels import Channels, Order
+from engine.backends.doorbells import HostDoorbells
+from engine.batch import HostDecodeRows, RotatingRows
 from engine.errors import StepError
 
 _NUM_TURNS = 3
 """One that is being computed by the device, one before it that the CPU answers, one ahead."""
 
 _Allocate = Callable[[tuple[int, ...], torch.dtype, CpuAttention], torch.Tensor]
+_ChannelsOver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Channels | None]
 
 
 @dataclass(slots=True, eq=False)
 class _Turn:
     """What one overlap step hands over; `out` is also where the next one finds its answers.
 
-    `at` says which of the service's lanes a segment has in this step, and `tickets` its tickets.
+    `orders` says for each segment with rows which of the service's lanes it has in this step, as a
+    slot among those of all turns, and its ticket; `first_slot` is that of the turn.
     """
 
     service: AttentionService
-    bells: Doorbells
+    bells: HostDoorbells
     rows: torch.Tensor
     out: torch.Tensor
+    first_slot: int
     step: int = 0
-    at: dict[int, int] = field(default_factory=dict)
-    tickets: dict[int, int] = field(default_factory=dict)
+    orders: dict[int, Order] = field(default_factory=dict)
+
+    def lane(self, segment: int) -> int:
+        """Return a segment's lane."""
+        return self.orders[segment].slot - self.first_slot
 
 
 class RotatingAttention:
@@ -54,6 +61,7 @@ class RotatingAttention:
         pools: K and V of the host pool.
         device: Whose rows are attended to.
         allocate: Makes memory that the device can reach.
+        channels_over: Makes channels over rows, answers and bells; None if the device is the CPU.
         timeout_s: Rows or answers that take longer are overdue.
     """
 
@@ -67,19 +75,24 @@ class RotatingAttention:
         pools: tuple[torch.Tensor, torch.Tensor],
         device: torch.device,
         allocate: _Allocate,
+        channels_over: _ChannelsOver,
         timeout_s: float,
     ) -> None:
+        self._num_segments = num_segments
         self._scale = shape.softmax_scale
         k_pool, v_pool = pools
         self._k_pool = k_pool.view(1, -1, *k_pool.shape[2:])
         self._v_pool = v_pool.view(1, -1, *v_pool.shape[2:])
         q_width = shape.num_q_heads * shape.head_dim
         width = q_width + 2 * shape.num_kv_heads * shape.head_dim
+        num_slots = _NUM_TURNS * num_segments
+        all_rows = allocate((num_slots, max_rows, width), shape.dtype, kernels)
+        all_out = allocate((num_slots, max_rows, q_width), shape.dtype, kernels)
+        all_bells = allocate((num_slots, 2, 16), torch.int32, kernels)
         self._turns: list[_Turn] = []
-        for _ in range(_NUM_TURNS):
-            rows = allocate((num_segments, max_rows, width), shape.dtype, kernels)
-            out = allocate((num_segments, max_rows, q_width), shape.dtype, kernels)
-            bells = allocate((num_segments, 2, 16), torch.int32, kernels)
+        for first in range(0, num_slots, num_segments):
+            slots = slice(first, first + num_segments)
+            rows, out, bells = all_rows[slots], all_out[slots], all_bells[slots]
             service = AttentionService(
                 kernels,
                 num_layers=1,
@@ -93,12 +106,11 @@ class RotatingAttention:
                 # The next turn's service waits while this one's computes: it must leave the core.
                 spin_us=0,
             )
-            on_gpu = device.type == "cuda"
-            made = StreamDoorbells(bells, device) if on_gpu else HostDoorbells(service)
-            self._turns.append(_Turn(service, made, rows, out))
+            self._turns.append(_Turn(service, HostDoorbells(service), rows, out, first))
         # On a GPU, rows are collected and answers unpacked there: one copy a segment each way.
-        self._sent = rows.to(device) if on_gpu else None
-        self._received = out.to(device) if on_gpu else None
+        self._channels = channels_over(all_rows, all_out, all_bells, 2 * num_segments)
+        self._sent = torch.empty_like(rows, device=device)
+        self._received = torch.empty_like(out, device=device)
         self._open: deque[_Turn] = deque()
         self._num_steps = 0
         self._rows: RotatingRows | None = None
@@ -111,35 +123,46 @@ class RotatingAttention:
 
     @property
     def rows(self) -> RotatingRows:
-        """The rows of the step begun last."""
-        assert self._rows is not None, "no step has begun"
+        """The rows that were announced last."""
+        assert self._rows is not None, "no rows were announced"
         return self._rows
 
-    def begin_step(self, rotating: RotatingRows) -> None:
+    def announce(self, rotating: RotatingRows) -> None:
+        """Say which rows the calls that follow are about."""
+        self._rows = rotating
+
+    def begin_step(self, segments: Sequence[HostDecodeRows | None]) -> None:
         """Give the CPU a step's descriptor.
+
+        Args:
+            segments: What it is to attend to in each; see `RotatingRows.lanes`.
 
         Raises:
             StepError: An earlier step's attention failed.
         """
         self._num_steps += 1
-        self._rows = rotating
         self._before, self._now = self._now, self._turns[self._num_steps % _NUM_TURNS]
         turn = self._now
         if turn in self._open:
             self.end_steps(before=turn.step + 1)
-        lanes = [(i, lane) for i, lane in enumerate(rotating.lanes) if lane is not None]
-        turn.step, turn.at = self._num_steps, {i: at for at, (i, _) in enumerate(lanes)}
-        turn.tickets = {}
-        if not lanes:
-            return
-        turn.service.begin_step(
-            self._k_pool,
-            self._v_pool,
-            [Lane(block_tables=lane.block_tables, seq_lens=lane.seq_lens) for _, lane in lanes],
-            self._scale,
-        )
-        self._open.append(turn)
-        turn.tickets = {i: turn.service.first_ticket(at) for i, at in turn.at.items()}
+        lanes = [(i, lane) for i, lane in enumerate(segments) if lane is not None]
+        turn.step, turn.orders = self._num_steps, {}
+        if lanes:
+            turn.service.begin_step(
+                self._k_pool,
+                self._v_pool,
+                [Lane(block_tables=lane.block_tables, seq_lens=lane.seq_lens) for _, lane in lanes],
+                self._scale,
+            )
+            self._open.append(turn)
+            turn.orders = {
+                i: Order(turn.service.first_ticket(at), lane.num_seqs, turn.first_slot + at)
+                for at, (i, lane) in enumerate(lanes)
+            }
+        if self._channels is not None:
+            # A segment has a channel for its rows, and one for the answers to those before.
+            asked = {self._num_segments + i: o for i, o in self._before.orders.items()}
+            self._channels.begin_step(turn.orders | asked)
 
     def depart(self, layer: int, qkv: torch.Tensor) -> None:
         """Hand over a layer's rotated rows, `[n, (num_q_heads + 2 * num_kv_heads) * head_dim]`.
@@ -148,19 +171,21 @@ class RotatingAttention:
         """
         rotating, turn = self.rows, self._now
         number, segment = _segment_of(rotating, layer)
-        at = turn.at.get(number)
-        if at is None:
-            return
-        first = rotating.bounds[segment.start]
+        first, end = rotating.bounds[segment.start], rotating.bounds[segment.stop]
         rows = rotating.departing(layer)
-        to = turn.rows if self._sent is None else self._sent
-        if qkv.shape[0]:
-            to[at, rows.start - first : rows.stop - first].copy_(qkv)
-        if layer == segment.stop - 1:
-            if self._sent is not None:
-                num_rows = rotating.bounds[segment.stop] - first
-                turn.rows[at, :num_rows].copy_(self._sent[at, :num_rows], non_blocking=True)
-            turn.bells.ring(at, turn.tickets[number])
+        part = slice(rows.start - first, rows.stop - first)
+        ends = layer == segment.stop - 1
+        if self._channels is not None:
+            if qkv.shape[0]:
+                self._sent[number, part].copy_(qkv)
+            if ends:
+                self._channels.send(number, 0, self._sent[number, : end - first])
+        elif number in turn.orders:
+            at = turn.lane(number)
+            if qkv.shape[0]:
+                turn.rows[at, part].copy_(qkv)
+            if ends:
+                turn.bells.ring(at, turn.orders[number].ticket)
 
     def arrive(self, layer: int, out: torch.Tensor) -> None:
         """Fill in answers to what departed at a layer in the last overlap step.
@@ -182,15 +207,17 @@ class RotatingAttention:
     def _answers(self, number: int, *, is_first: bool) -> torch.Tensor:
         """Wait for a segment's answers, once a step, and return them."""
         turn = self._before
-        at = turn.at[number]
+        if self._channels is not None:
+            if is_first:
+                self._channels.receive(self._num_segments + number, 0, self._received[number])
+            return self._received[number]
+        at = turn.lane(number)
         if is_first:
             try:
-                turn.bells.wait(at, turn.tickets[number])
+                turn.bells.wait(at, turn.orders[number].ticket)
             except ServiceError as error:
                 raise StepError(f"CPU attention failed: {error}") from error
-            if self._received is not None:
-                self._received[at].copy_(turn.out[at], non_blocking=True)
-        return turn.out[at] if self._received is None else self._received[at]
+        return turn.out[at]
 
     def end_steps(self, before: int) -> HostStepTimes | None:
         """Wait until the CPU has left all overlap steps before one.
@@ -213,7 +240,7 @@ class RotatingAttention:
             except ServiceError as error:
                 raise StepError(f"CPU attention failed: {error}") from error
             self._open.popleft()
-            reports.append((report, turn.bells.take_waiting_s()))
+            reports.append((report, self._take_waiting_s(turn)))
         if not reports:
             return None
         return HostStepTimes(
@@ -234,7 +261,13 @@ class RotatingAttention:
             turn = self._open.popleft()
             with contextlib.suppress(ServiceError):  # whose reason has been told
                 turn.service.end_step()
-            turn.bells.take_waiting_s()
+            self._take_waiting_s(turn)
+        for turn in self._turns:
+            turn.orders = {}
+
+    def _take_waiting_s(self, turn: _Turn) -> float:
+        bells = turn.bells if self._channels is None else self._channels
+        return bells.take_waiting_s()
 
     def close(self) -> None:
         """Stop the services."""

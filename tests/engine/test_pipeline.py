@@ -18,6 +18,7 @@ from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
 from engine.step_plan import ScheduledRequest, StepMode, StepPlan, SubBatch, Swap
+from tests.engine.channels import ring_nobody
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES
 
@@ -165,7 +166,7 @@ def test_failed_step_is_reported_and_the_next_one_works(
                 item.request.append_token(token)
         with monkeypatch.context() as patch:
             # The device never rings: the service must give up, release every wait and say why.
-            patch.setattr(type(runner._backend._host._bells), "ring", lambda *args: None)
+            ring_nobody(patch)
             with pytest.raises(StepError, match="overdue"):
                 runner.execute(plan)
         for request in policy.requests:

@@ -6,17 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.backends.rotating_attention import RotatingAttention
 from engine.llm import LLM
 from engine.request import Request
 from engine.rotation import rotation_segments
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
+from tests.engine.channels import ring_nobody, use_channels
 from tests.engine.test_pipeline import NUM_OUTPUT, RandomPolicy, make_runner
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES
@@ -164,34 +163,27 @@ def test_the_engine_gives_the_same_tokens(deep_folder, expected_on, device: str,
 
 
 @pytest.mark.ispc
-def test_rows_collected_on_the_device_change_nothing(deep_folder, expected, monkeypatch) -> None:
-    """A GPU copies a segment's rows at once, from and to buffers of its own; so does a CPU here."""
-    make = RotatingAttention.__init__
-
-    def make_staged(self, *args, **options) -> None:
-        make(self, *args, **options)
-        self._sent = torch.full_like(self._turns[0].rows, torch.nan)
-        self._received = torch.full_like(self._turns[0].out, torch.nan)
-
-    monkeypatch.setattr(RotatingAttention, "__init__", make_staged)
+def test_channels_change_nothing(deep_folder, expected, monkeypatch) -> None:
+    """A GPU copies a segment's rows at once, through pinned memory; so does a CPU here."""
+    use_channels(monkeypatch)
     for options in ({}, {"device_kv_blocks": 2, "async_scheduling": True}):
         with make_llm(deep_folder, "cpu", **options) as llm:
             assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected
+            assert llm.engine.stats.rows["rotating"] > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_overdue_attention_fails_its_requests_only(
     deep_folder, expected_on, device: str, monkeypatch
 ) -> None:
-    from engine.backends import host_attention, rotating_attention
+    from engine.backends import host_attention
 
     expected = expected_on(device)
     monkeypatch.setattr(host_attention, "DEFAULT_TIMEOUT_S", 0.5)
     with make_llm(deep_folder, device, device_kv_blocks=2) as llm:
         assert tokens_of(llm.generate(PROMPTS[:3], GREEDY)) == expected[:3]
-        bells = {"cpu": "HostDoorbells", "cuda": "StreamDoorbells"}[device]
         with monkeypatch.context() as patch:
-            patch.setattr(getattr(rotating_attention, bells), "ring", lambda *args: None)
+            ring_nobody(patch)
             [output] = llm.generate(PROMPTS[2], GREEDY)
         assert output.outputs[0].finish_reason == "error"
         assert "overdue" in str(output.outputs[0].stop_reason)

@@ -27,6 +27,7 @@ from gpu_kernels import (
     activation,
     decode_attention,
     few_rows,
+    handover,
     linear,
     merge_splits,
     norm,
@@ -120,6 +121,7 @@ def compile_all(shape: ModelShape, capability: int, serving: bool) -> list[dict[
     driver.set_active(OfflineDriver(capability))
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        patches.enter_context(mock.patch.object(handover, "on_gpu", return_value=True))
         if capability >= 90:
             for module in PDL_MODULES:
                 patches.enter_context(mock.patch.object(module, "pdl_options", hopper_options))

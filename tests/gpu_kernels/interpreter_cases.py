@@ -39,6 +39,8 @@ CASES: dict[str, Callable[[], None]] = {
     "store": lambda: checks.check_store(4, head_dim=24, device="cpu"),
     "swap": lambda: checks.check_swap(3, head_dim=24, device="cpu"),
     "swap_nothing": lambda: checks.check_swap(0, device="cpu"),
+    "handover": lambda: checks.check_handover(3, 2, width=72, device="cpu"),
+    "handover_nothing": lambda: checks.check_handover(2, 0, device="cpu"),
     "norm": lambda: checks.check_norm(2, 48, device="cpu"),
     "skinny_linear": lambda: checks.check_skinny_linear(3, 128, 512, with_bias=True, device="cpu"),
     "silu": lambda: checks.check_silu(2, 40, device="cpu"),

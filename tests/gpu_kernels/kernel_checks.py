@@ -5,12 +5,14 @@ ones, so that each comparison is written once.
 """
 
 import itertools
+import time
 
 import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.few_rows import NUM_COUNTERS, skinny_gated_linear, skinny_linear
+from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
@@ -179,6 +181,57 @@ def nan_pool(
     """Three layers of NaN, [3, num_blocks, *shape], further apart than they are long."""
     where = {"pin_memory": True} if pinned else {"device": device}
     return torch.full((3, num_blocks + 1, *shape), float("nan"), dtype=dtype, **where)[:, :-1]
+
+
+def check_handover(
+    num_rows: int,
+    count: int,
+    *,
+    width: int = 96,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """Sends rows to slot 1 of 3 and takes answers from there; the host's memory is pinned."""
+    generator = torch.Generator().manual_seed(5)
+    ticket, offset, limit_s = 2**31 - 3, 4, 5.0  # wraps around
+
+    def host(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=device == "cuda")
+
+    def words(*values: int) -> torch.Tensor:
+        wrapped = [(value + 2**31) % 2**32 - 2**31 for value in values]
+        return torch.tensor(wrapped, dtype=torch.int32, device=device)
+
+    rows, answers = host(3, num_rows + 2, width), host(3, num_rows + 2, width)
+    bells, waited = host(3, 2, BELL_WORDS, dtype=torch.int32), host(1, dtype=torch.int64)
+    src = torch.randn(num_rows, width + 8, generator=generator).to(dtype).to(device)[:, :width]
+    parameters, counter = words(ticket, count, 1), words(0)
+    send_rows(rows, src, bells, parameters, counter, offset)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    expected = torch.zeros_like(rows)
+    expected[1, :count] = src[:count].cpu()
+    oracle.assert_same_bits(rows, expected)
+    rung = torch.zeros_like(bells)
+    rung[1, 0, 0] = words(ticket + offset).item() if count else 0
+    assert torch.equal(bells, rung)
+    assert counter.item() == 0
+
+    answers.copy_(torch.randn(answers.shape, generator=generator))
+    dst = torch.full((num_rows, width + 8), torch.nan, dtype=dtype, device=device)[:, :width]
+    receive = (dst, answers, bells, parameters, words(ticket), waited, offset)
+    if device == "cpu":
+        bells[1, 1, 0] = words(ticket + offset).item()
+        receive_rows(*receive, limit_s=limit_s)
+    else:
+        receive_rows(*receive, limit_s=limit_s)  # waits for what comes next
+        time.sleep(0.02)
+        bells[1, 1, 0] = words(ticket + offset + 1).item()  # a later ticket counts, too
+        torch.cuda.synchronize()
+        assert 0.01 < waited.item() / 1e9 < limit_s or not count
+    got = dst.cpu()
+    oracle.assert_same_bits(got[:count], answers[1, :count])
+    assert got[count:].isnan().all()
 
 
 def check_swap(

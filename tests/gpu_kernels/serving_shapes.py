@@ -4,6 +4,7 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.linear import LinearLayers
@@ -57,6 +58,14 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
         swap_in_kv(pools[:, 0], pools[:, 1], ids, k_host, hosts[:, 1], ids)
         last = slice(2, 3)
         swap_in_kv(pools[last, 0], pools[last, 1], ids, k_host[last], hosts[last, 1], ids)
+        pinned = {"pin_memory": device == "cuda"}
+        slots_of_rows = torch.zeros(3, num_rows + offset, width, dtype=shape.dtype, **pinned)
+        answers = torch.zeros(3, num_rows, q[0].numel(), dtype=shape.dtype, **pinned)
+        words = torch.zeros(3, 2, BELL_WORDS, dtype=torch.int32, **pinned)
+        handed = (words, ints(3, dtype=torch.int32), ints(1, dtype=torch.int32))
+        send_rows(slots_of_rows, qkv, *handed, 31)
+        waited = torch.zeros(1, dtype=torch.int64, **pinned)
+        receive_rows(out.flatten(1), answers, *handed, waited, offset, limit_s=2.0)
         hidden = torch.zeros(num_rows, shape.hidden_size, dtype=shape.dtype, device=device)
         rms_norm(hidden, hidden, hidden[0].clone(), 1e-5)
         add_rms_norm(hidden, hidden, hidden.clone(), hidden[0].clone(), 1e-5)

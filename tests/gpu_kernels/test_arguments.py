@@ -53,6 +53,21 @@ def swap_args(n: int = N) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def send_args(n: int = N) -> dict[str, Any]:
+    return {
+        "rows": zeros(2, n, D), "src": zeros(n, D), "bells": zeros(2, 2, 16, dtype=I32),
+        "parameters": zeros(3, dtype=I32), "counter": zeros(1, dtype=I32), "offset": 0,
+    }  # fmt: skip
+
+
+def receive_args(n: int = N) -> dict[str, Any]:
+    return {
+        "dst": zeros(n, D), "answers": zeros(2, n, D), "bells": zeros(2, 2, 16, dtype=I32),
+        "parameters": zeros(3, dtype=I32), "seen": zeros(1, dtype=I32),
+        "waited": zeros(1, dtype=torch.int64), "offset": 0, "limit_s": 1.0,
+    }  # fmt: skip
+
+
 def norm_args(n: int = N) -> dict[str, Any]:
     return {"out": zeros(n, D), "x": zeros(n, D), "weight": zeros(D), "eps": 1e-5}
 
@@ -87,6 +102,8 @@ LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "store": (gpu_kernels.store_kv, store_args),
     "swap_out": (gpu_kernels.swap_out_kv, swap_args),
     "swap_in": (gpu_kernels.swap_in_kv, swap_args),
+    "send": (gpu_kernels.send_rows, send_args),
+    "receive": (gpu_kernels.receive_rows, receive_args),
     "norm": (gpu_kernels.rms_norm, norm_args),
     "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
     "silu": (gpu_kernels.silu_and_mul, silu_args),
@@ -118,6 +135,10 @@ WRONG_VALUES = [
     ("rope", {"positions": zeros(2 * N, dtype=I64)[::2]}, "positions"),
     ("rope", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
     ("store", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
+    ("send", {"src": zeros(D, N).t()}, "src"),
+    ("send", {"rows": zeros(2, D, N).transpose(1, 2)}, "rows"),
+    ("receive", {"bells": zeros(3, 2, 16, dtype=I32)}, "bells"),
+    ("receive", {"parameters": zeros(6, dtype=I32)[::2]}, "parameters"),
     ("norm", {"weight": zeros(2 * D)[::2]}, "weight"),
     ("prefill", {"seq_lens": zeros(2 * N, dtype=I32)[::2]}, "seq_lens"),
     ("prefill", {"cu_seqlens_q": zeros(2 * N + 2, dtype=I32)[::2]}, "cu_seqlens_q"),

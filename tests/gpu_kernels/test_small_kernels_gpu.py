@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from gpu_kernels.handover import BELL_WORDS, receive_rows
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.warmup import ModelShape, count_compiled_variants, precompile
 from tests.gpu_kernels.gpu import DTYPES, MARKS
 from tests.gpu_kernels.kernel_checks import (
+    check_handover,
     check_norm,
     check_rope_store,
     check_silu,
@@ -62,6 +64,24 @@ def test_swap_out_and_in(pinned: bool, block_size: int, dtype: torch.dtype) -> N
             num_ids, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
             dtype=dtype, pinned=pinned,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("num_rows", "count"), [(1, 1), (5, 3), (64, 64), (200, 131), (9, 0)])
+def test_handover(num_rows: int, count: int, dtype: torch.dtype) -> None:
+    for width in (96, 6144):
+        check_handover(num_rows, count, width=width, dtype=dtype)
+
+
+def test_a_wait_for_nobody_ends() -> None:
+    answers = torch.ones(1, 4, 64, pin_memory=True)
+    bells = torch.zeros(1, 2, BELL_WORDS, dtype=torch.int32, pin_memory=True)
+    parameters = torch.tensor([1, 4, 0], dtype=torch.int32, device="cuda")
+    seen, out = parameters.new_zeros(1), torch.zeros(4, 64, device="cuda")
+    waited = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+    receive_rows(out, answers, bells, parameters, seen, waited, 0, limit_s=0.05)
+    torch.cuda.synchronize()
+    assert 0.05e9 <= waited.item() < 0.5e9
 
 
 @pytest.mark.parametrize("swap", [swap_out_kv, swap_in_kv])

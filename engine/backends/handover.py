@@ -1,0 +1,80 @@
+"""Rows from a GPU to the CPU and answers back, by kernels of the GPU's stream.
+
+Python takes no part between a ring and its answer, and nothing that changes from step to step is in
+the launches, so they can be captured in a graph.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from engine.backends.channels import Order, PinnedBuffers
+from gpu_kernels.handover import PARAMETERS, receive_rows, send_rows
+
+_NUM_UPLOADS = 4
+"""Uploads that may be on their way at once; two steps are."""
+
+
+class DeviceHandover:
+    """`Channels` between a GPU and attention services; see `gpu_kernels.handover`.
+
+    Args:
+        buffers: Pinned.
+        num_channels: How many there are.
+        device: The GPU.
+        limit_s: Longest wait of the GPU; the services give up earlier and let it go on.
+    """
+
+    def __init__(
+        self, buffers: PinnedBuffers, num_channels: int, device: torch.device, limit_s: float
+    ) -> None:
+        self._buffers = buffers
+        self._limit_s = limit_s
+        size = (num_channels, PARAMETERS)
+        self._uploads = [buffers.allocate(size, torch.int32) for _ in range(_NUM_UPLOADS)]
+        self._num_steps = 0
+        self._parameters = torch.zeros(size, dtype=torch.int32, device=device)
+        self._words = torch.zeros(num_channels, 2, 1, dtype=torch.int32, device=device)
+        self._waited = buffers.allocate((1,), torch.int64)
+        self._waited.zero_()
+        self._taken_ns = 0
+
+    def begin_step(self, orders: Mapping[int, Order]) -> None:
+        """Tell the channels what to do; see `Channels`."""
+        upload = self._uploads[self._num_steps % _NUM_UPLOADS]
+        self._num_steps += 1
+        upload.zero_()
+        for channel, order in orders.items():
+            ticket = (order.ticket + 2**31) % 2**32 - 2**31  # its bits, as a signed word
+            upload[channel] = torch.tensor([ticket, order.num_rows, order.slot], dtype=torch.int32)
+        self._parameters.copy_(upload, non_blocking=True)
+
+    def send(self, channel: int, offset: int, rows: torch.Tensor) -> None:
+        """Hand rows over; see `Channels`."""
+        send_rows(
+            self._buffers.rows,
+            rows,
+            self._buffers.bells,
+            self._parameters[channel],
+            self._words[channel, 0],
+            offset,
+        )
+
+    def receive(self, channel: int, offset: int, out: torch.Tensor) -> None:
+        """Take an answer; see `Channels`."""
+        receive_rows(
+            out,
+            self._buffers.out,
+            self._buffers.bells,
+            self._parameters[channel],
+            self._words[channel, 1],
+            self._waited,
+            offset,
+            limit_s=self._limit_s,
+        )
+
+    def take_waiting_s(self) -> float:
+        """Return how long the GPU waited; see `Channels`."""
+        waited_ns = int(self._waited.item())
+        waiting_ns, self._taken_ns = waited_ns - self._taken_ns, waited_ns
+        return waiting_ns / 1e9
