@@ -76,7 +76,7 @@ class BatchBuilder:
             logits_rows=sent[first + 2],
             device_rows=device_rows.take(sent),
             host_prefills=staged.take(sent) if sub_batch.cprf else None,
-            host_decodes=self._host_decodes(sub_batch.cdec) if sub_batch.cdec else None,
+            host_decodes=self.host_decodes(sub_batch.cdec),
             rotating=None if places is None else rotating.take(sent, self._lanes(places)),
             sources=None if fed is None else sent[fed],
             scored=_scored_rows(resident),
@@ -101,8 +101,9 @@ class BatchBuilder:
         assert self._host_tables is not None, "host-resident requests need a host pool"
         return [self._table(self._host_tables, item) for item in items]
 
-    def _host_decodes(self, items: Sequence[ScheduledRequest]) -> HostDecodeRows:
-        return _host_decode_rows(items, self._host_rows(items))
+    def host_decodes(self, items: Sequence[ScheduledRequest]) -> HostDecodeRows | None:
+        """Return what the CPU attends to for host-resident decodes; None if there are none."""
+        return _host_decode_rows(items, self._host_rows(items)) if items else None
 
     def _places(self, sub_batch: SubBatch) -> RotationPlaces | None:
         if not sub_batch.rotating:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.batch import Batch, PagedRows
+from engine.batch import Batch, HostDecodeRows, PagedRows
 from engine.batch_arrays import input_ids_of, positions_of, slots_of, sources_of
 from engine.kv_blocks import BlockPool
 from engine.request import Request
@@ -21,6 +21,7 @@ from engine.upload import Ints
 
 _LEAST_WIDTH = 64
 _NO_SLOT = -1
+_OF_EVERY_ROW = ("input_ids", "positions", "sources")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class LaneShape:
         num_prefills: Their prefill chunks, S.
         width: Blocks of a row of the block tables.
         num_splits: Into how many splits decode attention cuts a request.
+        num_host_decodes: Decodes of host-resident requests, which come behind the T tokens.
     """
 
     num_tokens: int
@@ -40,18 +42,24 @@ class LaneShape:
     num_prefills: int
     width: int
     num_splits: int
+    num_host_decodes: int = 0
 
     @property
     def num_seqs(self) -> int:
         """Rows of the block tables."""
         return self.num_decodes + self.num_prefills
 
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return self.num_tokens + self.num_host_decodes
+
     def arrays(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the sub-batch's arrays, those of larger elements first."""
         return {
-            "input_ids": ((self.num_tokens,), torch.int64),
-            "positions": ((self.num_tokens,), torch.int64),
-            "sources": ((self.num_tokens,), torch.int64),
+            "input_ids": ((self.num_rows,), torch.int64),
+            "positions": ((self.num_rows,), torch.int64),
+            "sources": ((self.num_rows,), torch.int64),
             "slot_mapping": ((self.num_tokens,), torch.int64),
             "seq_lens": ((self.num_seqs,), torch.int32),
             "prefill_starts": ((self.num_prefills + 1,), torch.int32),
@@ -81,7 +89,7 @@ class LaneFiller:
     def fill(
         self, views: dict[str, Ints], sub_batch: SubBatch, source: Callable[[Request], int]
     ) -> None:
-        """Write a sub-batch's device-resident rows.
+        """Write a sub-batch.
 
         Args:
             views: `LaneShape.arrays`, with room for them.
@@ -89,10 +97,16 @@ class LaneFiller:
             source: Says where a request's pending token is.
         """
         gdec, gprf = sub_batch.gdec, sub_batch.gprf
+        num_tokens = len(views["slot_mapping"])
+        resident = {name: view[:num_tokens] for name, view in views.items()}
         if gprf:
-            self._fill_tokens(views, gdec + gprf, source)
+            _fill_tokens(resident, gdec + gprf, source)
         else:
-            self._fill_decodes(views, gdec, source)
+            _fill_decodes(resident, gdec, source)
+        self._fill_slots(views["slot_mapping"], gdec, gprf)
+        if sub_batch.cdec:
+            behind = {name: views[name][num_tokens:] for name in _OF_EVERY_ROW}
+            _fill_decodes(behind, sub_batch.cdec, source)
         seq_lens, tables = views["seq_lens"], views["block_tables"]
         first = len(seq_lens) - (len(views["prefill_starts"]) - 1)
         for at, items in ((0, gdec), (first, gprf)):
@@ -109,48 +123,54 @@ class LaneFiller:
     def _blocks(self, item: ScheduledRequest) -> Ints:
         return self._tables.row(item.request.request_id, self._pool.blocks_for(item.end))
 
-    def _fill_tokens(
-        self,
-        views: dict[str, Ints],
-        items: Sequence[ScheduledRequest],
-        source: Callable[[Request], int],
+    def _fill_slots(
+        self, slots: Ints, gdec: Sequence[ScheduledRequest], gprf: Sequence[ScheduledRequest]
     ) -> None:
-        size = self._pool.block_size
-        sources = sources_of(items, source)
-        slots = [slots_of(item, self._blocks(item), size) for item in items]
-        for name, values, spare in (
-            ("input_ids", input_ids_of(items), 0),
-            ("positions", positions_of(items), 0),
-            ("slot_mapping", np.concatenate(slots), _NO_SLOT),
-            ("sources", NO_SOURCE if sources is None else sources, NO_SOURCE),
-        ):
-            count = sum(item.num_tokens for item in items)
-            views[name][:count] = values
-            views[name][count:] = spare
+        size, count = self._pool.block_size, len(gdec)
+        ends = np.asarray([item.end for item in gdec], dtype=np.int64)
+        last_blocks = np.asarray([self._blocks(item)[-1] for item in gdec], dtype=np.int64)
+        slots[:count] = last_blocks * size + (ends - 1) % size
+        for item in gprf:
+            slots[count : count + item.num_tokens] = slots_of(item, self._blocks(item), size)
+            count += item.num_tokens
+        slots[count:] = _NO_SLOT
 
-    def _fill_decodes(
-        self,
-        views: dict[str, Ints],
-        items: Sequence[ScheduledRequest],
-        source: Callable[[Request], int],
-    ) -> None:
-        """Do as `_fill_tokens` does, in a third of the time: this is the path of every decode."""
-        count, size = len(items), self._pool.block_size
-        ends = np.asarray([item.end for item in items], dtype=np.int64)
-        known = [not item.request.num_pending_tokens for item in items]
-        ids = [item.request.last_token_id if k else 0 for item, k in zip(items, known, strict=True)]
-        sources = [
-            NO_SOURCE if k else source(item.request) for item, k in zip(items, known, strict=True)
-        ]
-        last_blocks = np.asarray([self._blocks(item)[-1] for item in items], dtype=np.int64)
-        for name, values, spare in (
-            ("input_ids", ids, 0),
-            ("positions", ends - 1, 0),
-            ("slot_mapping", last_blocks * size + (ends - 1) % size, _NO_SLOT),
-            ("sources", sources, NO_SOURCE),
-        ):
-            views[name][:count] = values
-            views[name][count:] = spare
+
+def _fill_tokens(
+    views: dict[str, Ints],
+    items: Sequence[ScheduledRequest],
+    source: Callable[[Request], int],
+) -> None:
+    sources = sources_of(items, source)
+    count = sum(item.num_tokens for item in items)
+    for name, values, spare in (
+        ("input_ids", input_ids_of(items), 0),
+        ("positions", positions_of(items), 0),
+        ("sources", NO_SOURCE if sources is None else sources, NO_SOURCE),
+    ):
+        views[name][:count] = values
+        views[name][count:] = spare
+
+
+def _fill_decodes(
+    views: dict[str, Ints],
+    items: Sequence[ScheduledRequest],
+    source: Callable[[Request], int],
+) -> None:
+    """Do as `_fill_tokens` does, in a third of the time: this is the path of every decode."""
+    count = len(items)
+    known = [not item.request.num_pending_tokens for item in items]
+    ids = [item.request.last_token_id if k else 0 for item, k in zip(items, known, strict=True)]
+    sources = [
+        NO_SOURCE if k else source(item.request) for item, k in zip(items, known, strict=True)
+    ]
+    for name, values, spare in (
+        ("input_ids", ids, 0),
+        ("positions", [item.start for item in items], 0),
+        ("sources", sources, NO_SOURCE),
+    ):
+        views[name][:count] = values
+        views[name][count:] = spare
 
 
 def batch_of(
@@ -182,4 +202,11 @@ def batch_of(
         positions=views["positions"],
         logits_rows=None,
         device_rows=rows,
+        host_decodes=_room(shape.num_host_decodes) if shape.num_host_decodes else None,
     )
+
+
+def _room(num_rows: int) -> HostDecodeRows:
+    """Return host-resident decodes that nobody looks at: the CPU is told of the real ones."""
+    none = torch.zeros(num_rows, dtype=torch.int32)
+    return HostDecodeRows(block_tables=none.unsqueeze(1), seq_lens=none)

@@ -96,7 +96,7 @@ class ModelRunner:
         self._limits = config.scheduler
         self._rotation = self._make_rotation(config.scheduler.max_num_seqs)
         self._builder = BatchBuilder(self.device, self.pool, self.host_pool, self._rotation)
-        self._graphs = self._make_graphs(config, self.pool, self.max_model_len)
+        self._graphs = self._make_graphs(config, self._builder, self.pool, self.max_model_len)
         self._last_finish_s = 0.0
 
     @property
@@ -306,13 +306,14 @@ class ModelRunner:
         )
 
     def _make_graphs(
-        self, config: EngineConfig, pool: BlockPool, max_model_len: int
+        self, config: EngineConfig, builder: BatchBuilder, pool: BlockPool, max_model_len: int
     ) -> StepGraphs | None:
         if self.device.type != "cuda" or config.enforce_eager:
             return None
         return StepGraphs(
             self._model,
             self._backend,
+            builder,
             pool,
             self._feedback,
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -329,12 +330,13 @@ class ModelRunner:
             limits.max_num_batched_tokens, max_model_len, config.block_size
         )
         self._backend.allocate_kv_cache(shape, pool.num_blocks)
-        batch = BatchBuilder(self.device, pool).build(sub_batch)
+        builder = BatchBuilder(self.device, pool)
+        batch = builder.build(sub_batch)
         self._backend.begin_step([batch])
         logits = self._model.forward([batch])
         requests = [sub_batch.gprf[0].request] * limits.max_num_seqs
         sample(logits[:1].expand(limits.max_num_seqs, -1).clone(), requests)
-        graphs = self._make_graphs(config, pool, max_model_len)
+        graphs = self._make_graphs(config, builder, pool, max_model_len)
         if graphs is not None:
             graphs.capture_largest()
         torch.cuda.synchronize(self.device)

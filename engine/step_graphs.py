@@ -10,35 +10,37 @@ On a device without graphs the same buffers feed the eager code, which is for te
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from engine.backends import Backend
+from engine.batch import HostWork
+from engine.batch_builder import BatchBuilder
 from engine.graph_limits import MAX_GRAPH_TOKENS
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, LaneShape, batch_of
 from engine.models import DecoderModel
 from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
-from engine.step_plan import ScheduledRequest, StepPlan, SubBatch
+from engine.step_plan import StepPlan, SubBatch
 from engine.token_feedback import TokenFeedback
-from engine.upload import Ints
 
 MAX_GRAPHS = 256
 _NUM_UPLOADS = 2
 """A buffer is written while at most one earlier step is still on its way."""
 _ALIGNMENT = 8
+_Array = tuple[tuple[int, ...], torch.dtype]
 
-GraphShape = LaneShape
+GraphShape = tuple[LaneShape, ...]
 
 
 class StepGraphs:
-    """Launches steps of device-resident requests that are not too long.
+    """Launches steps that are not too long, with or without host-resident decodes.
 
     Args:
         model: The model.
         backend: Its backend, whose pool is allocated.
+        builder: Says what the CPU attends to.
         pool: Accounting of the device's blocks.
         feedback: Where sampled tokens go and come from.
         max_num_seqs: Most requests of a step.
@@ -50,6 +52,7 @@ class StepGraphs:
         self,
         model: DecoderModel,
         backend: Backend,
+        builder: BatchBuilder,
         pool: BlockPool,
         feedback: TokenFeedback,
         *,
@@ -59,19 +62,19 @@ class StepGraphs:
     ) -> None:
         self._model = model
         self._backend = backend
+        self._builder = builder
         self._pool = pool
         self._feedback = feedback
         self._filler = LaneFiller(pool)
         self._max_num_seqs = max_num_seqs
-        self._rows = row_ladder(max_num_seqs)
-        self._mixed_rows = _steps([32, 64, 128], max_num_seqs)
+        self._decodes = row_ladder(max_num_seqs)
+        self._few_rows = _steps([8, 16, 24, 32, 48, 64, 96, 128, 192], max_num_seqs)
+        self._mixed_decodes = _steps([32, 64, 128], max_num_seqs)
         self._prefills = _steps([4, 16, 64], max_num_seqs)
         self._tokens = token_ladder(min(max_num_tokens, MAX_GRAPH_TOKENS), max_num_seqs)
         self._max_width = pool.blocks_for(max_model_len)
-        self._largest = LaneShape(
-            self._tokens[-1], self._mixed_rows[-1], self._prefills[-1], self._max_width, 1
-        )
-        num_bytes = self._num_bytes(self._largest)
+        largest = self._largest(max_num_seqs)
+        num_bytes = self._num_bytes((largest, largest))
         device = backend.device
         self._static = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._uploads = [
@@ -89,12 +92,13 @@ class StepGraphs:
 
     def fits(self, plan: StepPlan) -> bool:
         """Return whether a step is one that graphs are made for."""
-        if len(plan.sub_batches) > 1 or plan.rotating:
+        return not plan.rotating and all(self._fits(lane) for lane in _lanes(plan))
+
+    def _fits(self, lane: SubBatch) -> bool:
+        if lane.cprf or any(item.num_scored for item in lane.gprf):
             return False
-        [batch] = plan.sub_batches
-        if batch.cprf or batch.cdec or any(item.num_scored for item in batch.gprf):
-            return False
-        return not batch.gprf or batch.num_tokens <= self._tokens[-1]
+        num_tokens = sum(item.num_tokens for item in lane.gdec + lane.gprf)
+        return not lane.gprf or num_tokens <= self._tokens[-1]
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -106,9 +110,10 @@ class StepGraphs:
         Returns:
             New tokens in batch order; they are also in the feedback.
         """
-        [sub_batch] = plan.sub_batches
-        shape = self._shape(sub_batch)
-        self._upload(shape, sub_batch)
+        lanes = _lanes(plan)
+        shape = self._shape(lanes)
+        self._upload(shape, lanes)
+        self._backend.begin_host(HostWork([self._builder.host_decodes(n.cdec) for n in lanes]))
         if self._uses_graphs:
             self._graph(shape).replay()
         else:
@@ -122,52 +127,81 @@ class StepGraphs:
 
     def capture_largest(self) -> None:
         """Capture the graphs that take the most memory."""
-        self._graph(LaneShape(self._rows[-1], self._rows[-1], 0, self._max_width, 1))
-        self._graph(self._largest)
+        most = self._decodes[-1]
+        self._graph((LaneShape(most, most, 0, self._max_width, 1),))
+        self._graph((self._largest(),))
 
-    def _shape(self, sub_batch: SubBatch) -> GraphShape:
-        gdec, gprf = sub_batch.gdec, sub_batch.gprf
+    def _largest(self, num_host_decodes: int = 0) -> LaneShape:
+        return LaneShape(
+            self._tokens[-1],
+            self._mixed_decodes[-1],
+            self._prefills[-1],
+            self._max_width,
+            1,
+            num_host_decodes,
+        )
+
+    def _shape(self, lanes: Sequence[SubBatch]) -> GraphShape:
+        only_decodes = len(lanes) == 1 and not lanes[0].gprf and not lanes[0].cdec
+        ladder = self._decodes if only_decodes else self._few_rows
+        return tuple(self._lane_shape(lane, ladder) for lane in lanes)
+
+    def _lane_shape(self, lane: SubBatch, decodes: Sequence[int]) -> LaneShape:
+        gdec, gprf, cdec = lane.gdec, lane.gprf, lane.cdec
         width = self._filler.width(gdec + gprf, self._max_width)
+        num_prefills = 0
         if gprf:
-            num_decodes = _at_least(self._mixed_rows, len(gdec))
-            num_tokens = _at_least(self._tokens, max(sub_batch.num_tokens, num_decodes))
+            num_prefills = _at_least(self._prefills, len(gprf))
+            num_decodes = _at_least(self._mixed_decodes, len(gdec))
+            wanted = sum(item.num_tokens for item in gdec + gprf)
+            num_tokens = _at_least(self._tokens, max(wanted, num_decodes))
         else:
-            num_decodes = num_tokens = _at_least(self._rows, len(gdec))
+            num_decodes = num_tokens = _at_least(decodes, len(gdec)) if gdec else 0
         longest = max((item.end for item in gdec), default=1)
         num_splits = self._backend.num_decode_splits(num_decodes, longest)
-        num_prefills = _at_least(self._prefills, len(gprf)) if gprf else 0
-        return LaneShape(num_tokens, num_decodes, num_prefills, width, num_splits)
+        num_host_decodes = _at_least(self._few_rows, len(cdec)) if cdec else 0
+        return LaneShape(num_tokens, num_decodes, num_prefills, width, num_splits, num_host_decodes)
 
     def _num_sampled(self, shape: GraphShape) -> int:
         """Return the room for rows that sample; 0 if all rows do, in order."""
-        return min(shape.num_seqs, self._max_num_seqs) if shape.num_prefills else 0
+        if len(shape) == 1 and not shape[0].num_prefills and not shape[0].num_host_decodes:
+            return 0
+        return min(sum(n.num_seqs + n.num_host_decodes for n in shape), self._max_num_seqs)
 
-    def _arrays(self, shape: GraphShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {"logits_rows": ((self._num_sampled(shape),), torch.int64), **shape.arrays()}
+    def _arrays(self, shape: GraphShape) -> list[_Array]:
+        """Return all arrays of a shape: the rows that sample, then those of each lane."""
+        arrays: list[_Array] = [((self._num_sampled(shape),), torch.int64)]
+        return arrays + [array for lane in shape for array in lane.arrays().values()]
 
     def _num_bytes(self, shape: GraphShape) -> int:
-        return sum(_size(array, dtype) for array, dtype in self._arrays(shape).values())
+        return sum(_num_bytes(array) for array in self._arrays(shape))
 
-    def _cut(self, shape: GraphShape, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _cut(
+        self, shape: GraphShape, buffer: torch.Tensor
+    ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         """Return a shape's arrays as views of a buffer of bytes."""
-        views, start = {}, 0
-        for name, (array, dtype) in self._arrays(shape).items():
-            end = start + int(np.prod(array)) * dtype.itemsize
-            views[name] = buffer[start:end].view(dtype).view(array)
-            start += _size(array, dtype)
-        return views
+        views, start = [], 0
+        for array in self._arrays(shape):
+            size, dtype = array
+            end = start + int(np.prod(size)) * dtype.itemsize
+            views.append(buffer[start:end].view(dtype).view(size))
+            start += _num_bytes(array)
+        rows, *rest = views
+        left = iter(rest)
+        return rows, [dict(zip(lane.arrays(), left, strict=False)) for lane in shape]
 
-    def _upload(self, shape: GraphShape, sub_batch: SubBatch) -> None:
+    def _upload(self, shape: GraphShape, lanes: Sequence[SubBatch]) -> None:
         upload = self._uploads[self._num_launched % _NUM_UPLOADS]
         self._num_launched += 1
-        views: dict[str, Ints] = {
-            name: view.numpy() for name, view in self._cut(shape, upload).items()
-        }
-        self._filler.fill(views, sub_batch, self._feedback.source)
-        if shape.num_prefills:
-            rows = _sampled_rows(sub_batch.resident)
-            views["logits_rows"][: len(rows)] = rows
-            views["logits_rows"][len(rows) :] = 0
+        sampled, views = self._cut(shape, upload)
+        for lane, tensors in zip(lanes, views, strict=True):
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            self._filler.fill(arrays, lane, self._feedback.source)
+        if sampled.shape[0]:
+            rows = _sampled_rows(lanes, shape)
+            places = sampled.numpy()
+            places[: len(rows)] = rows
+            places[len(rows) :] = 0
         size = self._num_bytes(shape)
         self._static[:size].copy_(upload[:size], non_blocking=True)
 
@@ -197,14 +231,19 @@ class StepGraphs:
 
     def _compute(self, shape: GraphShape) -> None:
         """Run the model over the static buffers."""
-        views = self._cut(shape, self._static)
-        size = self._pool.block_size
-        batch = batch_of(shape, views, block_size=size, filled=self._feedback.filled)
-        self._backend.begin_step([batch])
-        [states] = self._model.run_layers([batch])
-        if shape.num_prefills:
-            states = states.select(views["logits_rows"])
-        logits = self._model.logits(states.hidden, states.residual, None)
+        sampled, views = self._cut(shape, self._static)
+        size, filled = self._pool.block_size, self._feedback.filled
+        batches = [
+            batch_of(lane, arrays, block_size=size, filled=filled)
+            for lane, arrays in zip(shape, views, strict=True)
+        ]
+        self._backend.announce(batches)
+        lanes = self._model.run_layers(batches)
+        hidden, residual = lanes[0].hidden, lanes[0].residual
+        if len(lanes) > 1:
+            hidden = torch.cat([lane.hidden for lane in lanes])
+            residual = torch.cat([lane.residual for lane in lanes])
+        logits = self._model.logits(hidden, residual, sampled if sampled.shape[0] else None)
         self._logits[: logits.shape[0]].copy_(logits)
         self._feedback.keep(logits.argmax(dim=-1))
 
@@ -233,13 +272,26 @@ def _at_least(ladder: Sequence[int], number: int) -> int:
     return next(step for step in ladder if step >= number)
 
 
-def _size(array: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Return the bytes of an array in a buffer."""
-    return -(-int(np.prod(array)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+def _num_bytes(array: _Array) -> int:
+    """Return what an array takes in a buffer."""
+    size, dtype = array
+    return -(-int(np.prod(size)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
-def _sampled_rows(items: Sequence[ScheduledRequest]) -> list[int]:
-    ends = np.cumsum([0, *(item.num_tokens for item in items)])
-    return [
-        int(end) - 1 for item, (_, end) in zip(items, pairwise(ends), strict=True) if item.samples
-    ]
+def _lanes(plan: StepPlan) -> list[SubBatch]:
+    return [sub_batch for sub_batch in plan.sub_batches if not sub_batch.is_empty]
+
+
+def _sampled_rows(lanes: Sequence[SubBatch], shape: GraphShape) -> list[int]:
+    """Return where the rows that sample are, among those of all lanes."""
+    rows, first = [], 0
+    for lane, room in zip(lanes, shape, strict=True):
+        row = first
+        for item in lane.gdec + lane.gprf:
+            row += item.num_tokens
+            if item.samples:
+                rows.append(row - 1)
+        behind = first + room.num_tokens
+        rows += [behind + number for number, item in enumerate(lane.cdec) if item.samples]
+        first += room.num_rows
+    return rows

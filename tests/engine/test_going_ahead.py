@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from engine.llm import LLM
-from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.step_graphs import StepGraphs, row_ladder
+from engine.step_graphs import row_ladder, token_ladder
+from tests.engine.played_gpu import use_channels, use_static_buffers
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES, GPU_MARKS
 
@@ -130,31 +130,26 @@ def test_static_buffers_change_nothing(folder: Path, monkeypatch, params, ahead:
     with make_llm(folder, "cpu", **options) as llm:
         expected = completions(llm, params)
 
-    def make_graphs(runner: ModelRunner, config, pool, max_model_len: int) -> StepGraphs:
-        return StepGraphs(
-            runner._model,
-            runner._backend,
-            pool,
-            runner._feedback,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=max_model_len,
-        )
-
-    monkeypatch.setattr(ModelRunner, "_make_graphs", make_graphs)
-    for more in ({}, {"device_kv_blocks": 9, "max_num_seqs": 5, "max_num_batched_tokens": 16}):
-        with make_llm(folder, "cpu", **options, **more) as llm:
+    use_static_buffers(monkeypatch)
+    use_channels(monkeypatch)
+    host = {"host_kv_gb": 0.02, "device_kv_blocks": 8}
+    modes = [{"mode": mode, **host} for mode in ("asymmetric", "overlap", "auto")]
+    few = {"device_kv_blocks": 9, "max_num_seqs": 5, "max_num_batched_tokens": 16}
+    for more in ({}, few, *modes):
+        with make_llm(folder, "cpu", **{**options, **more}) as llm:
             assert completions(llm, params) == expected
+            assert llm.engine.stats.graph_steps > 0
 
 
 @pytest.mark.parametrize("params", [pytest.param(p, marks=GPU_MARKS) for p in (GREEDY, MIXED)])
 def test_graphs_change_nothing(folder: Path, params) -> None:
     results = []
     for enforce_eager in (True, False):
-        for more in ({}, {"device_kv_blocks": 9, "max_num_seqs": 5, "max_num_batched_tokens": 16}):
-            options = {"mode": "gpu-only", "enforce_eager": enforce_eager, **more}
+        for more in OPTIONS:
+            options = {"enforce_eager": enforce_eager, **more}
             with make_llm(folder, "cuda", **options) as llm:
                 results.append(completions(llm, params))
+                assert (llm.engine.stats.graph_steps > 0) != enforce_eager
     assert all(result == results[0] for result in results)
 
 
@@ -167,3 +162,12 @@ def test_ladder_of_rows(most: int) -> None:
     for rows in range(1, most + 1):
         fitting = next(size for size in ladder if size >= rows)
         assert fitting - rows < max(8, rows // 4 + 1)
+
+
+def test_ladder_of_tokens() -> None:
+    assert token_ladder(31, 8) == [31]
+    assert token_ladder(16, 40) == [40]
+    ladder = token_ladder(1024, 256)
+    assert ladder[-1] == 1024
+    for tokens in range(1, 1025):
+        assert next(size for size in ladder if size >= tokens) - tokens < max(64, tokens // 4 + 1)

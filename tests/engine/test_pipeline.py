@@ -18,7 +18,7 @@ from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
 from engine.step_plan import ScheduledRequest, StepMode, StepPlan, SubBatch, Swap
-from tests.engine.channels import ring_nobody
+from tests.engine.played_gpu import ring_nobody, use_channels, use_static_buffers
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES
 
@@ -138,6 +138,21 @@ def test_any_mixture_gives_the_same_tokens(model_folder: Path, device: str) -> N
         for seed, (host_share, swap_chance) in enumerate(
             [(1.0, 0.0), (0.5, 0.0), (0.5, 0.2), (1.0, 0.3), (0.0, 0.5)]
         ):
+            assert RandomPolicy(runner, seed, host_share, swap_chance).run() == expected
+    finally:
+        runner.close()
+
+
+@pytest.mark.ispc
+@pytest.mark.parametrize("channels", [False, True])
+def test_static_buffers_change_nothing(model_folder: Path, channels: bool, monkeypatch) -> None:
+    use_static_buffers(monkeypatch)
+    if channels:
+        use_channels(monkeypatch)
+    runner = make_runner(model_folder, "cpu")
+    try:
+        expected = RandomPolicy(runner, 0, host_share=0.0, swap_chance=0.0).run()
+        for seed, (host_share, swap_chance) in enumerate([(1.0, 0.0), (0.5, 0.2), (0.3, 0.3)]):
             assert RandomPolicy(runner, seed, host_share, swap_chance).run() == expected
     finally:
         runner.close()

@@ -15,7 +15,7 @@ from engine.rotation import rotation_segments
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
-from tests.engine.channels import ring_nobody, use_channels
+from tests.engine.played_gpu import ring_nobody, use_channels
 from tests.engine.test_pipeline import NUM_OUTPUT, RandomPolicy, make_runner
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES

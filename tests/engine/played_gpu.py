@@ -1,4 +1,4 @@
-"""A GPU's way to the CPU and back, played by the CPU, and ways that are broken."""
+"""What only a GPU does, played by the CPU: hand-overs by channels, steps from static buffers."""
 
 import time
 
@@ -8,6 +8,8 @@ from engine.backends.channels import PinnedBuffers
 from engine.backends.doorbells import HostDoorbells
 from engine.backends.handover import DeviceHandover
 from engine.backends.host_attention import HostAttention
+from engine.runner import ModelRunner
+from engine.step_graphs import StepGraphs
 
 
 class PlayedHandover(DeviceHandover):
@@ -48,3 +50,21 @@ def ring_nobody(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(DeviceHandover, "begin_step", begin_without_rows)
     patch.setattr(HostDoorbells, "ring", lambda *args: None)
+
+
+def use_static_buffers(patch: pytest.MonkeyPatch) -> None:
+    """Run steps from the buffers that graphs read."""
+
+    def make_graphs(runner: ModelRunner, config, builder, pool, max_model_len: int) -> StepGraphs:
+        return StepGraphs(
+            runner._model,
+            runner._backend,
+            builder,
+            pool,
+            runner._feedback,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=max_model_len,
+        )
+
+    patch.setattr(ModelRunner, "_make_graphs", make_graphs)
