@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engine.request import Request
+from engine.rotation import RotationPlaces
 from engine.step_plan import ScheduledRequest
 from engine.token_feedback import NO_SOURCE
 from engine.upload import Ints
@@ -49,3 +50,9 @@ def slots_of(item: ScheduledRequest, table: Ints, block_size: int) -> Ints:
     positions = np.arange(item.start, item.end)
     slots: Ints = table[positions // block_size].astype(np.int64) * block_size
     return slots + positions % block_size
+
+
+def rotating_positions_of(places: RotationPlaces) -> Ints:
+    """Return each rotating row's place in its request; 0 for rows to spare."""
+    positions = [0 if row is None else row.share.start for row in places.rows]
+    return np.asarray(positions, dtype=np.int64)

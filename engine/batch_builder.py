@@ -14,13 +14,21 @@ from engine.batch import (
     ScoredRows,
     StagedCopy,
 )
-from engine.batch_arrays import input_ids_of, positions_of, slots_of, sources_of
+from engine.batch_arrays import (
+    input_ids_of,
+    positions_of,
+    rotating_positions_of,
+    slots_of,
+    sources_of,
+)
 from engine.kv_blocks import BlockPool
 from engine.request import Request
 from engine.rotation import Rotation, RotationPlaces
-from engine.step_plan import ScheduledRequest, SubBatch
+from engine.step_plan import RotatingRow, ScheduledRequest, SubBatch
 from engine.table_rows import TableRows
 from engine.upload import Ints, Upload
+
+_NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
 class BatchBuilder:
@@ -55,7 +63,7 @@ class BatchBuilder:
             source: Says where a request's pending token is; needed if there are such tokens.
         """
         resident, places = sub_batch.resident, self._places(sub_batch)
-        items = resident + _entering(places)
+        items = resident + (places.entering if places is not None else [])
         upload = Upload(self._device)
         input_ids, sources = input_ids_of(items), sources_of(items, source)
         first = upload.add(input_ids)
@@ -77,7 +85,7 @@ class BatchBuilder:
             device_rows=device_rows.take(sent),
             host_prefills=staged.take(sent) if sub_batch.cprf else None,
             host_decodes=self.host_decodes(sub_batch.cdec),
-            rotating=None if places is None else rotating.take(sent, self._lanes(places)),
+            rotating=None if places is None else rotating.take(sent, self.rotating_lanes(places)),
             sources=None if fed is None else sent[fed],
             scored=_scored_rows(resident),
         )
@@ -111,20 +119,28 @@ class BatchBuilder:
         assert self._rotation is not None, "rotating rows need a rotation"
         return self._rotation.advance(sub_batch.rotating)
 
-    def _lanes(self, places: RotationPlaces) -> list[HostDecodeRows | None]:
+    def rotating_lanes(self, places: RotationPlaces) -> list[HostDecodeRows | None]:
         """Return what the CPU attends to, segment by segment; blocks count through the layers."""
-        assert self._host_pool is not None, "host-resident requests need a host pool"
-        num_blocks = self._host_pool.num_blocks
         lanes: list[HostDecodeRows | None] = []
         for segment in places.segments:
             rows = places.rows[places.bounds[segment.start] : places.bounds[segment.stop]]
-            items = [row.share for row in rows]
-            tables = [
-                table + np.int32(row.next_layer * num_blocks)
-                for row, table in zip(rows, self._host_rows(items), strict=True)
-            ]
-            lanes.append(_host_decode_rows(items, tables) if items else None)
+            lens = [0 if row is None else row.share.end for row in rows]
+            if not any(lens):
+                lanes.append(None)
+                continue
+            tables = [_NO_BLOCKS if row is None else self._rotating_table(row) for row in rows]
+            lanes.append(
+                HostDecodeRows(
+                    block_tables=torch.from_numpy(_pad(tables)),
+                    seq_lens=torch.tensor(lens, dtype=torch.int32),
+                )
+            )
         return lanes
+
+    def _rotating_table(self, row: RotatingRow) -> Ints:
+        assert self._host_pool is not None, "rotating rows need a host pool"
+        [table] = self._host_rows([row.share])
+        return table + np.int32(row.next_layer * self._host_pool.num_blocks)
 
 
 class _RowsUpload:
@@ -214,8 +230,7 @@ class _RotatingUpload:
         self._places = places
         if places is None:
             return
-        positions = [row.share.start for row in places.rows]
-        self._first = upload.add(np.asarray(positions, dtype=np.int64))
+        self._first = upload.add(rotating_positions_of(places))
         upload.add(np.asarray(places.slots, dtype=np.int64))
         upload.add(np.asarray(places.answers, dtype=np.int64))
 
@@ -236,12 +251,6 @@ class _RotatingUpload:
         )
 
 
-def _entering(places: RotationPlaces | None) -> list[ScheduledRequest]:
-    if places is None:
-        return []
-    return [row.share for row in places.rows[: places.bounds[1]]]
-
-
 def _logits_rows(resident: Sequence[ScheduledRequest], places: RotationPlaces | None) -> Ints:
     """Return the rows that sample; rotating ones that do are behind all resident ones."""
     ends = np.cumsum([item.num_tokens for item in resident], dtype=np.int64)
@@ -249,7 +258,7 @@ def _logits_rows(resident: Sequence[ScheduledRequest], places: RotationPlaces | 
     if places is None:
         return rows
     end = int(ends[-1]) if resident else 0
-    return np.concatenate([rows, end + np.arange(places.bounds[-1] - places.bounds[-2])])
+    return np.concatenate([rows, end + np.arange(places.num_sampling)])
 
 
 def _host_decode_rows(items: Sequence[ScheduledRequest], tables: Sequence[Ints]) -> HostDecodeRows:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.batch import Batch, HostDecodeRows, PagedRows
+from engine.batch import Batch, HostDecodeRows, PagedRows, RotatingRows
 from engine.batch_arrays import input_ids_of, positions_of, slots_of, sources_of
 from engine.kv_blocks import BlockPool
 from engine.request import Request
@@ -35,6 +35,7 @@ class LaneShape:
         width: Blocks of a row of the block tables.
         num_splits: Into how many splits decode attention cuts a request.
         num_host_decodes: Decodes of host-resident requests, which come behind the T tokens.
+        num_entering: Rotating rows that enter, which come last.
     """
 
     num_tokens: int
@@ -43,6 +44,7 @@ class LaneShape:
     width: int
     num_splits: int
     num_host_decodes: int = 0
+    num_entering: int = 0
 
     @property
     def num_seqs(self) -> int:
@@ -52,7 +54,7 @@ class LaneShape:
     @property
     def num_rows(self) -> int:
         """All rows."""
-        return self.num_tokens + self.num_host_decodes
+        return self.num_tokens + self.num_host_decodes + self.num_entering
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the sub-batch's arrays, those of larger elements first."""
@@ -104,9 +106,9 @@ class LaneFiller:
         else:
             _fill_decodes(resident, gdec, source)
         self._fill_slots(views["slot_mapping"], gdec, gprf)
-        if sub_batch.cdec:
-            behind = {name: views[name][num_tokens:] for name in _OF_EVERY_ROW}
-            _fill_decodes(behind, sub_batch.cdec, source)
+        behind = {name: views[name][num_tokens:] for name in _OF_EVERY_ROW}
+        entering = [row.share for row in sub_batch.rotating if row.layer is None]
+        _fill_decodes(behind, sub_batch.cdec + entering, source)
         seq_lens, tables = views["seq_lens"], views["block_tables"]
         first = len(seq_lens) - (len(views["prefill_starts"]) - 1)
         for at, items in ((0, gdec), (first, gprf)):
@@ -179,6 +181,7 @@ def batch_of(
     *,
     block_size: int,
     filled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rotating: RotatingRows | None = None,
 ) -> Batch:
     """Return a sub-batch that reads a static buffer.
 
@@ -187,6 +190,7 @@ def batch_of(
         views: Its arrays, on the device.
         block_size: Tokens of a block.
         filled: Puts pending tokens in their places; see `TokenFeedback.filled`.
+        rotating: The rotating rows.
     """
     rows = PagedRows(
         num_decodes=shape.num_decodes,
@@ -203,6 +207,7 @@ def batch_of(
         logits_rows=None,
         device_rows=rows,
         host_decodes=_room(shape.num_host_decodes) if shape.num_host_decodes else None,
+        rotating=rotating,
     )
 
 

@@ -4,13 +4,15 @@ The runner's book-keeping for overlap mode. It forgets a request as soon as a pl
 longer rotates; its token then starts again at the first layer.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from engine.request import Request
-from engine.step_plan import RotatingRow, StepPlan
+from engine.step_plan import RotatingRow, ScheduledRequest, StepPlan
 
 _MAX_SEGMENTS = 4
 """Hand-overs of a step. With four, each answer may take half a step longer than its share of it."""
@@ -29,7 +31,7 @@ class RotationPlaces:
     """A step's rotating rows in the order of the layers they rejoin at, and their places.
 
     Args:
-        rows: In that order.
+        rows: In that order; None for a row to spare.
         bounds: See `RotatingRows`.
         segments: See `RotatingRows`.
         slots: Of the residual streams.
@@ -37,12 +39,22 @@ class RotationPlaces:
         residuals: See `RotatingRows`.
     """
 
-    rows: Sequence[RotatingRow]
+    rows: Sequence[RotatingRow | None]
     bounds: Sequence[int]
     segments: Sequence[range]
     slots: Sequence[int]
     answers: Sequence[int]
     residuals: torch.Tensor
+
+    @property
+    def entering(self) -> list[ScheduledRequest]:
+        """The shares that enter."""
+        return [row.share for row in self.rows[: self.bounds[1]] if row is not None]
+
+    @property
+    def num_sampling(self) -> int:
+        """Rows that get a token; they are the first of those behind the last layer."""
+        return sum(row is not None for row in self.rows[self.bounds[-2] :])
 
 
 class Rotation:
@@ -55,9 +67,11 @@ class Rotation:
     """
 
     def __init__(self, num_layers: int, max_rows: int, like: torch.Tensor) -> None:
-        self._residuals = like.new_zeros(max_rows, like.shape[-1])
+        # The last place is for rows to spare.
+        self.residuals = like.new_zeros(max_rows + 1, like.shape[-1])
+        self.segments = rotation_segments(num_layers)
         self._num_layers = num_layers
-        self._segments = rotation_segments(num_layers)
+        self._spare_slot = max_rows
         self._free = list(range(max_rows - 1, -1, -1))
         self._places: dict[Request, _Place] = {}
 
@@ -80,35 +94,43 @@ class Rotation:
         for request in list(self._places):
             self._forget(request)
 
-    def advance(self, rows: Sequence[RotatingRow]) -> RotationPlaces:
+    def most_at_once(self, rows: Sequence[RotatingRow]) -> int:
+        """Return most rows that are in the batch together."""
+        return max(Counter(row.next_layer for row in rows).values(), default=0)
+
+    def advance(self, rows: Sequence[RotatingRow], room: int | None = None) -> RotationPlaces:
         """Return where a step finds the rows' things, and remember where it will leave them.
 
         Args:
             rows: Those that have a layer were part of the last overlap step, at the layer before.
+            room: Rows that every layer gets, with some to spare; None: as many as there are.
         """
-        ordered = sorted(rows, key=lambda row: row.next_layer)
-        layers = [row.next_layer for row in ordered]
-        bounds = [0]
-        for layer in range(self._num_layers + 1):
-            bounds.append(bounds[-1] + layers.count(layer))
-        for row in ordered:
+        by_layer: list[list[RotatingRow | None]] = [[] for _ in range(self._num_layers + 1)]
+        for row in rows:
             if row.layer is None:
                 self._places[row.share.request] = _Place(self._free.pop())
             assert row.share.request in self._places, "a row goes on that has not begun"
-        places = [self._places[row.share.request] for row in ordered]
+            by_layer[row.next_layer].append(row)
+        if room is not None:
+            by_layer = [(some + [None] * room)[:room] for some in by_layer]
+        ordered = [row for some in by_layer for row in some]
+        bounds = [0, *accumulate(map(len, by_layer))]
+        spare = _Place(self._spare_slot)
+        places = [spare if row is None else self._places[row.share.request] for row in ordered]
         found = RotationPlaces(
             rows=ordered,
             bounds=bounds,
-            segments=self._segments,
+            segments=self.segments,
             slots=[place.slot for place in places],
             answers=[place.answer for place in places],
-            residuals=self._residuals,
+            residuals=self.residuals,
         )
-        for segment in self._segments:
+        for segment in self.segments:
             first = bounds[segment.start]
             for index in range(first, bounds[segment.stop]):
-                places[index].answer = index - first
-        for row in ordered:
+                if places[index] is not spare:
+                    places[index].answer = index - first
+        for row in rows:
             if row.samples:
                 self._forget(row.share.request)
         return found

@@ -64,6 +64,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.model_config.dtype)
         self._backend = make_backend(self.device, config.threads)
+        self._rotation: Rotation | None = None
         self._feedback = TokenFeedback(config.scheduler.max_num_seqs, self.device)
         try:
             self._model = self._make_model(config, checkpoint, max_model_len, on_progress)
@@ -316,6 +317,7 @@ class ModelRunner:
             builder,
             pool,
             self._feedback,
+            self._rotation,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=max_model_len,

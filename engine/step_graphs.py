@@ -10,17 +10,20 @@ On a device without graphs the same buffers feed the eager code, which is for te
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from engine.backends import Backend
-from engine.batch import HostWork
+from engine.batch import HostWork, RotatingRows
+from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
 from engine.graph_limits import MAX_GRAPH_TOKENS
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, LaneShape, batch_of
 from engine.models import DecoderModel
+from engine.rotation import Rotation, RotationPlaces
 from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
 from engine.step_plan import StepPlan, SubBatch
 from engine.token_feedback import TokenFeedback
@@ -29,13 +32,37 @@ MAX_GRAPHS = 256
 _NUM_UPLOADS = 2
 """A buffer is written while at most one earlier step is still on its way."""
 _ALIGNMENT = 8
+_NUM_ROTATING_ARRAYS = 3
+"""Positions, slots and answers."""
 _Array = tuple[tuple[int, ...], torch.dtype]
 
-GraphShape = tuple[LaneShape, ...]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Views:
+    """A buffer's arrays."""
+
+    sampled: torch.Tensor
+    rotating: list[torch.Tensor]
+    lanes: list[dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphShape:
+    """What a graph is captured for.
+
+    Args:
+        lanes: Its sub-batches.
+        num_visitors: Rotating rows that every layer has room for.
+    """
+
+    lanes: tuple[LaneShape, ...]
+    num_visitors: int = 0
 
 
 class StepGraphs:
     """Launches steps that are not too long, with or without host-resident decodes.
+
+    Prompts that go to the host are not for graphs: how much is copied differs from step to step.
 
     Args:
         model: The model.
@@ -43,6 +70,7 @@ class StepGraphs:
         builder: Says what the CPU attends to.
         pool: Accounting of the device's blocks.
         feedback: Where sampled tokens go and come from.
+        rotation: The rows that rotate; None if none do.
         max_num_seqs: Most requests of a step.
         max_num_tokens: Most tokens of a step.
         max_model_len: Most tokens of a request.
@@ -55,6 +83,7 @@ class StepGraphs:
         builder: BatchBuilder,
         pool: BlockPool,
         feedback: TokenFeedback,
+        rotation: Rotation | None,
         *,
         max_num_seqs: int,
         max_num_tokens: int,
@@ -65,16 +94,21 @@ class StepGraphs:
         self._builder = builder
         self._pool = pool
         self._feedback = feedback
+        self._rotation = rotation
         self._filler = LaneFiller(pool)
         self._max_num_seqs = max_num_seqs
         self._decodes = row_ladder(max_num_seqs)
         self._few_rows = _steps([8, 16, 24, 32, 48, 64, 96, 128, 192], max_num_seqs)
+        self._visitors = _steps([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128], max_num_seqs)
         self._mixed_decodes = _steps([32, 64, 128], max_num_seqs)
         self._prefills = _steps([4, 16, 64], max_num_seqs)
         self._tokens = token_ladder(min(max_num_tokens, MAX_GRAPH_TOKENS), max_num_seqs)
         self._max_width = pool.blocks_for(max_model_len)
         largest = self._largest(max_num_seqs)
-        num_bytes = self._num_bytes((largest, largest))
+        num_bytes = max(
+            self._num_bytes(GraphShape((largest, largest))),
+            self._num_bytes(GraphShape((largest,), self._visitors[-1])),
+        )
         device = backend.device
         self._static = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._uploads = [
@@ -92,7 +126,7 @@ class StepGraphs:
 
     def fits(self, plan: StepPlan) -> bool:
         """Return whether a step is one that graphs are made for."""
-        return not plan.rotating and all(self._fits(lane) for lane in _lanes(plan))
+        return all(self._fits(lane) for lane in _lanes(plan))
 
     def _fits(self, lane: SubBatch) -> bool:
         if lane.cprf or any(item.num_scored for item in lane.gprf):
@@ -112,8 +146,17 @@ class StepGraphs:
         """
         lanes = _lanes(plan)
         shape = self._shape(lanes)
-        self._upload(shape, lanes)
-        self._backend.begin_host(HostWork([self._builder.host_decodes(n.cdec) for n in lanes]))
+        places = None
+        if plan.rotating:
+            assert self._rotation is not None, "rotating rows need a rotation"
+            places = self._rotation.advance(plan.rotating, shape.num_visitors)
+        self._upload(shape, lanes, places)
+        self._backend.begin_host(
+            HostWork(
+                [self._builder.host_decodes(lane.cdec) for lane in lanes],
+                None if places is None else self._builder.rotating_lanes(places),
+            )
+        )
         if self._uses_graphs:
             self._graph(shape).replay()
         else:
@@ -128,8 +171,8 @@ class StepGraphs:
     def capture_largest(self) -> None:
         """Capture the graphs that take the most memory."""
         most = self._decodes[-1]
-        self._graph((LaneShape(most, most, 0, self._max_width, 1),))
-        self._graph((self._largest(),))
+        self._graph(GraphShape((LaneShape(most, most, 0, self._max_width, 1),)))
+        self._graph(GraphShape((self._largest(),)))
 
     def _largest(self, num_host_decodes: int = 0) -> LaneShape:
         return LaneShape(
@@ -144,9 +187,15 @@ class StepGraphs:
     def _shape(self, lanes: Sequence[SubBatch]) -> GraphShape:
         only_decodes = len(lanes) == 1 and not lanes[0].gprf and not lanes[0].cdec
         ladder = self._decodes if only_decodes else self._few_rows
-        return tuple(self._lane_shape(lane, ladder) for lane in lanes)
+        num_visitors = 0
+        if lanes[0].rotating:
+            assert self._rotation is not None, "rotating rows need a rotation"
+            most = self._rotation.most_at_once(lanes[0].rotating)
+            num_visitors = _at_least(self._visitors, most)
+        shapes = tuple(self._lane_shape(lane, ladder, num_visitors) for lane in lanes)
+        return GraphShape(shapes, num_visitors)
 
-    def _lane_shape(self, lane: SubBatch, decodes: Sequence[int]) -> LaneShape:
+    def _lane_shape(self, lane: SubBatch, decodes: Sequence[int], num_entering: int) -> LaneShape:
         gdec, gprf, cdec = lane.gdec, lane.gprf, lane.cdec
         width = self._filler.width(gdec + gprf, self._max_width)
         num_prefills = 0
@@ -160,25 +209,35 @@ class StepGraphs:
         longest = max((item.end for item in gdec), default=1)
         num_splits = self._backend.num_decode_splits(num_decodes, longest)
         num_host_decodes = _at_least(self._few_rows, len(cdec)) if cdec else 0
-        return LaneShape(num_tokens, num_decodes, num_prefills, width, num_splits, num_host_decodes)
+        return LaneShape(
+            num_tokens,
+            num_decodes,
+            num_prefills,
+            width,
+            num_splits,
+            num_host_decodes,
+            num_entering,
+        )
 
     def _num_sampled(self, shape: GraphShape) -> int:
         """Return the room for rows that sample; 0 if all rows do, in order."""
-        if len(shape) == 1 and not shape[0].num_prefills and not shape[0].num_host_decodes:
+        first, *others = shape.lanes
+        if not (others or first.num_prefills or first.num_host_decodes or shape.num_visitors):
             return 0
-        return min(sum(n.num_seqs + n.num_host_decodes for n in shape), self._max_num_seqs)
+        num_rows = sum(lane.num_seqs + lane.num_host_decodes for lane in shape.lanes)
+        return min(num_rows + shape.num_visitors, self._max_num_seqs)
 
     def _arrays(self, shape: GraphShape) -> list[_Array]:
-        """Return all arrays of a shape: the rows that sample, then those of each lane."""
+        """Return all arrays: the rows that sample, the rotating rows', those of each lane."""
+        num_rotating = shape.num_visitors * (self._model.config.num_layers + 1)
         arrays: list[_Array] = [((self._num_sampled(shape),), torch.int64)]
-        return arrays + [array for lane in shape for array in lane.arrays().values()]
+        arrays += [((num_rotating,), torch.int64)] * _NUM_ROTATING_ARRAYS
+        return arrays + [array for lane in shape.lanes for array in lane.arrays().values()]
 
     def _num_bytes(self, shape: GraphShape) -> int:
         return sum(_num_bytes(array) for array in self._arrays(shape))
 
-    def _cut(
-        self, shape: GraphShape, buffer: torch.Tensor
-    ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    def _cut(self, shape: GraphShape, buffer: torch.Tensor) -> _Views:
         """Return a shape's arrays as views of a buffer of bytes."""
         views, start = [], 0
         for array in self._arrays(shape):
@@ -186,22 +245,31 @@ class StepGraphs:
             end = start + int(np.prod(size)) * dtype.itemsize
             views.append(buffer[start:end].view(dtype).view(size))
             start += _num_bytes(array)
-        rows, *rest = views
-        left = iter(rest)
-        return rows, [dict(zip(lane.arrays(), left, strict=False)) for lane in shape]
+        left = iter(views)
+        return _Views(
+            sampled=next(left),
+            rotating=[next(left) for _ in range(_NUM_ROTATING_ARRAYS)],
+            lanes=[dict(zip(lane.arrays(), left, strict=False)) for lane in shape.lanes],
+        )
 
-    def _upload(self, shape: GraphShape, lanes: Sequence[SubBatch]) -> None:
+    def _upload(
+        self, shape: GraphShape, lanes: Sequence[SubBatch], places: RotationPlaces | None
+    ) -> None:
         upload = self._uploads[self._num_launched % _NUM_UPLOADS]
         self._num_launched += 1
-        sampled, views = self._cut(shape, upload)
-        for lane, tensors in zip(lanes, views, strict=True):
+        views = self._cut(shape, upload)
+        for lane, tensors in zip(lanes, views.lanes, strict=True):
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             self._filler.fill(arrays, lane, self._feedback.source)
-        if sampled.shape[0]:
+        if views.sampled.shape[0]:
             rows = _sampled_rows(lanes, shape)
-            places = sampled.numpy()
-            places[: len(rows)] = rows
-            places[len(rows) :] = 0
+            sampled = views.sampled.numpy()
+            sampled[: len(rows)] = rows
+            sampled[len(rows) :] = 0
+        if places is not None:
+            positions, slots, answers = (view.numpy() for view in views.rotating)
+            positions[:] = rotating_positions_of(places)
+            slots[:], answers[:] = places.slots, places.answers
         size = self._num_bytes(shape)
         self._static[:size].copy_(upload[:size], non_blocking=True)
 
@@ -231,11 +299,12 @@ class StepGraphs:
 
     def _compute(self, shape: GraphShape) -> None:
         """Run the model over the static buffers."""
-        sampled, views = self._cut(shape, self._static)
+        views = self._cut(shape, self._static)
         size, filled = self._pool.block_size, self._feedback.filled
+        rotating = self._rotating_rows(shape, views)
         batches = [
-            batch_of(lane, arrays, block_size=size, filled=filled)
-            for lane, arrays in zip(shape, views, strict=True)
+            batch_of(lane, arrays, block_size=size, filled=filled, rotating=rotating)
+            for lane, arrays in zip(shape.lanes, views.lanes, strict=True)
         ]
         self._backend.announce(batches)
         lanes = self._model.run_layers(batches)
@@ -243,9 +312,25 @@ class StepGraphs:
         if len(lanes) > 1:
             hidden = torch.cat([lane.hidden for lane in lanes])
             residual = torch.cat([lane.residual for lane in lanes])
-        logits = self._model.logits(hidden, residual, sampled if sampled.shape[0] else None)
+        rows = views.sampled if views.sampled.shape[0] else None
+        logits = self._model.logits(hidden, residual, rows)
         self._logits[: logits.shape[0]].copy_(logits)
         self._feedback.keep(logits.argmax(dim=-1))
+
+    def _rotating_rows(self, shape: GraphShape, views: _Views) -> RotatingRows | None:
+        if not shape.num_visitors:
+            return None
+        assert self._rotation is not None, "rotating rows need a rotation"
+        positions, slots, answers = views.rotating
+        return RotatingRows(
+            bounds=range(0, positions.shape[0] + 1, shape.num_visitors),
+            segments=self._rotation.segments,
+            lanes=[None] * len(self._rotation.segments),
+            positions=positions,
+            slots=slots,
+            residuals=self._rotation.residuals,
+            answers=answers,
+        )
 
 
 def row_ladder(most: int) -> list[int]:
@@ -285,7 +370,7 @@ def _lanes(plan: StepPlan) -> list[SubBatch]:
 def _sampled_rows(lanes: Sequence[SubBatch], shape: GraphShape) -> list[int]:
     """Return where the rows that sample are, among those of all lanes."""
     rows, first = [], 0
-    for lane, room in zip(lanes, shape, strict=True):
+    for lane, room in zip(lanes, shape.lanes, strict=True):
         row = first
         for item in lane.gdec + lane.gprf:
             row += item.num_tokens
@@ -293,5 +378,8 @@ def _sampled_rows(lanes: Sequence[SubBatch], shape: GraphShape) -> list[int]:
                 rows.append(row - 1)
         behind = first + room.num_tokens
         rows += [behind + number for number, item in enumerate(lane.cdec) if item.samples]
+        # Those that rejoin behind the last layer take the places of those that entered.
+        behind += room.num_host_decodes
+        rows += [behind + number for number in range(sum(row.samples for row in lane.rotating))]
         first += room.num_rows
     return rows

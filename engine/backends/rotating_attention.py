@@ -211,6 +211,8 @@ class RotatingAttention:
             if is_first:
                 self._channels.receive(self._num_segments + number, 0, self._received[number])
             return self._received[number]
+        if number not in turn.orders:
+            return turn.out[0]  # to rows to spare
         at = turn.lane(number)
         if is_first:
             try:

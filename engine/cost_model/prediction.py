@@ -166,7 +166,7 @@ def _handover_s(model: CostModel, load: SubBatchLoad) -> float:
 def _is_graph(loads: Sequence[SubBatchLoad]) -> bool:
     """Return whether the step is launched as a whole; see `StepGraphs.fits`."""
     busy = [load for load in loads if load.num_rows or load.num_rotating]
-    if any(load.num_rotating or load.copy_out_tokens for load in busy):
+    if any(load.copy_out_tokens for load in busy):
         return False
     return all(not n.num_prefill_tokens or n.num_rows <= MAX_GRAPH_TOKENS for n in busy)
 

@@ -62,6 +62,7 @@ def use_static_buffers(patch: pytest.MonkeyPatch) -> None:
             builder,
             pool,
             runner._feedback,
+            runner._rotation,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=max_model_len,

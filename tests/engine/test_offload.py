@@ -8,6 +8,7 @@ import pytest
 from engine.cost_tables import load_or_profile
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
+from tests.engine.played_gpu import ring_nobody
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES
 
@@ -88,8 +89,7 @@ def test_failed_cpu_attention_fails_its_requests_only(
     with make_llm(folder, device, **options) as llm:
         expected = tokens_of(llm.generate(PROMPTS[:2], GREEDY))
         with monkeypatch.context() as patch:
-            bells = type(llm.engine.runner._backend._host._bells)
-            patch.setattr(bells, "ring", lambda *args: None)
+            ring_nobody(patch)
             outputs = llm.generate(PROMPTS[1], GREEDY)
         assert outputs[0].outputs[0].finish_reason == "error"
         assert "overdue" in str(outputs[0].outputs[0].stop_reason)

@@ -15,7 +15,7 @@ from engine.rotation import rotation_segments
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
-from tests.engine.played_gpu import ring_nobody, use_channels
+from tests.engine.played_gpu import ring_nobody, use_channels, use_static_buffers
 from tests.engine.test_pipeline import NUM_OUTPUT, RandomPolicy, make_runner
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES
@@ -105,6 +105,22 @@ def test_any_rotation_gives_the_same_tokens(deep_folder: Path, device: str) -> N
             assert policy.run() == expected
             dropped_at |= policy.dropped_at
         assert dropped_at == set(range(NUM_LAYERS))
+    finally:
+        runner.close()
+
+
+@pytest.mark.ispc
+@pytest.mark.parametrize("channels", [False, True])
+def test_static_buffers_change_nothing(deep_folder: Path, channels: bool, monkeypatch) -> None:
+    use_static_buffers(monkeypatch)
+    if channels:
+        use_channels(monkeypatch)
+    runner = make_runner(deep_folder, "cpu")
+    try:
+        expected = RandomPolicy(runner, 0, host_share=0.0, swap_chance=0.0).run()
+        for seed in range(4):
+            policy = RotatingPolicy(runner, seed, drop_chance=0.1, swap_chance=0.03)
+            assert policy.run() == expected
     finally:
         runner.close()
 

@@ -198,9 +198,11 @@ def check_handover(
     def host(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=device == "cuda")
 
+    def word(value: int) -> int:
+        return (value + 2**31) % 2**32 - 2**31
+
     def words(*values: int) -> torch.Tensor:
-        wrapped = [(value + 2**31) % 2**32 - 2**31 for value in values]
-        return torch.tensor(wrapped, dtype=torch.int32, device=device)
+        return torch.tensor([word(v) for v in values], dtype=torch.int32, device=device)
 
     rows, answers = host(3, num_rows + 2, width), host(3, num_rows + 2, width)
     bells, waited = host(3, 2, BELL_WORDS, dtype=torch.int32), host(1, dtype=torch.int64)
@@ -213,7 +215,7 @@ def check_handover(
     expected[1, :count] = src[:count].cpu()
     oracle.assert_same_bits(rows, expected)
     rung = torch.zeros_like(bells)
-    rung[1, 0, 0] = words(ticket + offset).item() if count else 0
+    rung[1, 0, 0] = word(ticket + offset) if count else 0
     assert torch.equal(bells, rung)
     assert counter.item() == 0
 
@@ -221,12 +223,12 @@ def check_handover(
     dst = torch.full((num_rows, width + 8), torch.nan, dtype=dtype, device=device)[:, :width]
     receive = (dst, answers, bells, parameters, words(ticket), waited, offset)
     if device == "cpu":
-        bells[1, 1, 0] = words(ticket + offset).item()
+        bells[1, 1, 0] = word(ticket + offset)
         receive_rows(*receive, limit_s=limit_s)
     else:
         receive_rows(*receive, limit_s=limit_s)  # waits for what comes next
         time.sleep(0.02)
-        bells[1, 1, 0] = words(ticket + offset + 1).item()  # a later ticket counts, too
+        bells[1, 1, 0] = word(ticket + offset + 1)  # a later ticket counts, too
         torch.cuda.synchronize()
         assert 0.01 < waited.item() / 1e9 < limit_s or not count
     got = dst.cpu()
