@@ -1,6 +1,8 @@
 """The numbers of a step's tokens, as arrays: which, at which positions, in which slots."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -56,3 +58,44 @@ def rotating_positions_of(places: RotationPlaces) -> Ints:
     """Return each rotating row's place in its request; 0 for rows to spare."""
     positions = [0 if row is None else row.share.start for row in places.rows]
     return np.asarray(positions, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedBlocks:
+    """Where prompts that go to the host are attended to, and what is copied before and after.
+
+    Args:
+        tables: Of each chunk, the staging blocks.
+        num_blocks: How many there are.
+        prefix: Staging and host blocks of what was computed before, `[n]` each.
+        written: Likewise, of what the step computes.
+    """
+
+    tables: list[Ints]
+    num_blocks: int
+    prefix: tuple[Ints, Ints]
+    written: tuple[Ints, Ints]
+
+
+def staged_blocks_of(
+    items: Sequence[ScheduledRequest], host_tables: Sequence[Ints], block_size: int
+) -> StagedBlocks:
+    """Number staging blocks for chunks, given their blocks in the host pool."""
+    ends = [0, *accumulate(map(len, host_tables))]
+    tables = [np.arange(start, end, dtype=np.int32) for start, end in pairwise(ends)]
+    chunks = list(zip(items, tables, host_tables, strict=True))
+    prefix = [(-(-item.start // block_size), a, h) for item, a, h in chunks]
+    first = [(item.start // block_size, a, h) for item, a, h in chunks]
+    none = np.empty(0, dtype=np.int32)
+    return StagedBlocks(
+        tables=tables,
+        num_blocks=ends[-1],
+        prefix=(
+            np.concatenate([none, *(a[:n] for n, a, _ in prefix)]),
+            np.concatenate([none, *(h[:n] for n, _, h in prefix)]),
+        ),
+        written=(
+            np.concatenate([none, *(a[n:] for n, a, _ in first)]),
+            np.concatenate([none, *(h[n:] for n, _, h in first)]),
+        ),
+    )

@@ -20,6 +20,7 @@ from engine.batch_arrays import (
     rotating_positions_of,
     slots_of,
     sources_of,
+    staged_blocks_of,
 )
 from engine.kv_blocks import BlockPool
 from engine.request import Request
@@ -70,11 +71,11 @@ class BatchBuilder:
         upload.add(positions_of(items))
         device_items = sub_batch.gdec + sub_batch.gprf
         upload.add(_logits_rows(resident, places))
-        tables = [self._table(self._device_tables, item) for item in device_items]
+        tables = [self.device_table(item) for item in device_items]
         device_rows = _RowsUpload(
             upload, sub_batch.gdec, sub_batch.gprf, tables, self._device_pool.block_size
         )
-        staged = _StagedUpload(upload, sub_batch.cprf, self._host_rows(sub_batch.cprf), self)
+        staged = _StagedUpload(upload, sub_batch.cprf, self.host_tables(sub_batch.cprf), self)
         rotating = _RotatingUpload(upload, places)
         fed = None if sources is None else upload.add(sources)
         sent = upload.send()
@@ -100,10 +101,15 @@ class BatchBuilder:
         """Whether chunks that go to the host are attended to in staging blocks."""
         return self._device.type == "cuda"
 
+    def device_table(self, item: ScheduledRequest) -> Ints:
+        """Return the blocks in the device pool of a share; not to be kept or written."""
+        return self._table(self._device_tables, item)
+
     def _table(self, rows: TableRows, item: ScheduledRequest) -> Ints:
         return rows.row(item.request.request_id, self._device_pool.blocks_for(item.end))
 
-    def _host_rows(self, items: Sequence[ScheduledRequest]) -> list[Ints]:
+    def host_tables(self, items: Sequence[ScheduledRequest]) -> list[Ints]:
+        """Return the blocks in the host pool of each share; not to be kept or written."""
         if not items:
             return []
         assert self._host_tables is not None, "host-resident requests need a host pool"
@@ -111,7 +117,7 @@ class BatchBuilder:
 
     def host_decodes(self, items: Sequence[ScheduledRequest]) -> HostDecodeRows | None:
         """Return what the CPU attends to for host-resident decodes; None if there are none."""
-        return _host_decode_rows(items, self._host_rows(items)) if items else None
+        return _host_decode_rows(items, self.host_tables(items)) if items else None
 
     def _places(self, sub_batch: SubBatch) -> RotationPlaces | None:
         if not sub_batch.rotating:
@@ -139,7 +145,7 @@ class BatchBuilder:
 
     def _rotating_table(self, row: RotatingRow) -> Ints:
         assert self._host_pool is not None, "rotating rows need a host pool"
-        [table] = self._host_rows([row.share])
+        [table] = self.host_tables([row.share])
         return table + np.int32(row.next_layer * self._host_pool.num_blocks)
 
 
@@ -192,22 +198,13 @@ class _StagedUpload:
             return
         self._staging = builder.uses_staging
         size = builder.block_size
-        tables, self._num_blocks = list(host_tables), 0
-        if self._staging:
-            tables = []
-            for host_table in host_tables:
-                tables.append(
-                    np.arange(self._num_blocks, self._num_blocks + len(host_table), dtype=np.int32)
-                )
-                self._num_blocks += len(host_table)
+        staged = staged_blocks_of(items, host_tables, size)
+        self._num_blocks = staged.num_blocks
+        tables = staged.tables if self._staging else host_tables
         self._rows = _RowsUpload(upload, [], items, tables, size)
-        pairs = list(zip(items, tables, host_tables, strict=True))
-        prefix = [(a[: -(-i.start // size)], h[: -(-i.start // size)]) for i, a, h in pairs]
-        written = [(a[i.start // size :], h[i.start // size :]) for i, a, h in pairs]
-        self._first = upload.add(np.concatenate([a for a, _ in prefix]))
-        upload.add(np.concatenate([h for _, h in prefix]))
-        upload.add(np.concatenate([a for a, _ in written]))
-        upload.add(np.concatenate([h for _, h in written]))
+        self._first = upload.add(staged.prefix[0])
+        for ids in (staged.prefix[1], *staged.written):
+            upload.add(ids)
 
     def take(self, sent: list[torch.Tensor]) -> HostPrefillRows:
         rows = self._rows.take(sent)

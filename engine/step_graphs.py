@@ -19,9 +19,9 @@ from engine.backends import Backend
 from engine.batch import HostWork, RotatingRows
 from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
-from engine.graph_limits import MAX_GRAPH_TOKENS
+from engine.graph_limits import MAX_GRAPH_TOKENS, MAX_STAGED_TOKENS
 from engine.kv_blocks import BlockPool
-from engine.lane_fields import LaneFiller, LaneShape, batch_of
+from engine.lane_fields import LaneFiller, LaneShape, PagedShape, batch_of
 from engine.models import DecoderModel
 from engine.rotation import Rotation, RotationPlaces
 from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
@@ -60,9 +60,7 @@ class GraphShape:
 
 
 class StepGraphs:
-    """Launches steps that are not too long, with or without host-resident decodes.
-
-    Prompts that go to the host are not for graphs: how much is copied differs from step to step.
+    """Launches steps that are not too long, of any mode.
 
     Args:
         model: The model.
@@ -95,7 +93,7 @@ class StepGraphs:
         self._pool = pool
         self._feedback = feedback
         self._rotation = rotation
-        self._filler = LaneFiller(pool)
+        self._filler = LaneFiller(builder)
         self._max_num_seqs = max_num_seqs
         self._decodes = row_ladder(max_num_seqs)
         self._few_rows = _steps([8, 16, 24, 32, 48, 64, 96, 128, 192], max_num_seqs)
@@ -104,11 +102,13 @@ class StepGraphs:
         self._prefills = _steps([4, 16, 64], max_num_seqs)
         self._tokens = token_ladder(min(max_num_tokens, MAX_GRAPH_TOKENS), max_num_seqs)
         self._max_width = pool.blocks_for(max_model_len)
-        largest = self._largest(max_num_seqs)
-        num_bytes = max(
-            self._num_bytes(GraphShape((largest, largest))),
-            self._num_bytes(GraphShape((largest,), self._visitors[-1])),
-        )
+        self._staging_blocks = pool.blocks_for(MAX_STAGED_TOKENS)
+        prefixes = [n for n in (16, 64) if n < self._staging_blocks]
+        self._prefixes = [0, *prefixes, self._staging_blocks]
+        self._staging_width = min(self._staging_blocks, self._max_width)
+        # Two lanes of device-resident rows take more room than anything else.
+        largest = self._largest(self._tokens[-1])
+        num_bytes = self._num_bytes(GraphShape((largest, largest), self._visitors[-1]))
         device = backend.device
         self._static = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._uploads = [
@@ -129,10 +129,13 @@ class StepGraphs:
         return all(self._fits(lane) for lane in _lanes(plan))
 
     def _fits(self, lane: SubBatch) -> bool:
-        if lane.cprf or any(item.num_scored for item in lane.gprf):
+        prefills = lane.gprf + lane.cprf
+        if any(item.num_scored for item in prefills):
             return False
-        num_tokens = sum(item.num_tokens for item in lane.gdec + lane.gprf)
-        return not lane.gprf or num_tokens <= self._tokens[-1]
+        if sum(self._pool.blocks_for(item.end) for item in lane.cprf) > self._staging_blocks:
+            return False
+        num_tokens = len(lane.gdec) + sum(item.num_tokens for item in prefills)
+        return not prefills or num_tokens <= self._tokens[-1]
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -171,61 +174,75 @@ class StepGraphs:
     def capture_largest(self) -> None:
         """Capture the graphs that take the most memory."""
         most = self._decodes[-1]
-        self._graph(GraphShape((LaneShape(most, most, 0, self._max_width, 1),)))
-        self._graph(GraphShape((self._largest(),)))
+        decodes = LaneShape(device=PagedShape(most, most, 0, self._max_width))
+        for lane in (decodes, self._largest(0)):
+            self._graph(GraphShape((lane,)))
 
-    def _largest(self, num_host_decodes: int = 0) -> LaneShape:
+    def _largest(self, num_host_tokens: int) -> LaneShape:
+        """Return the largest lane, with so many tokens that go to the host."""
+        most, num_prefills = self._tokens[-1], self._prefills[-1]
+        host = PagedShape(num_host_tokens, 0, num_prefills, self._staging_width)
         return LaneShape(
-            self._tokens[-1],
-            self._mixed_decodes[-1],
-            self._prefills[-1],
-            self._max_width,
-            1,
-            num_host_decodes,
+            device=PagedShape(most, self._mixed_decodes[-1], num_prefills, self._max_width),
+            host_prefills=host,
+            num_prefix=self._staging_blocks if num_host_tokens else 0,
+            num_written=self._staging_blocks if num_host_tokens else 0,
+            num_host_decodes=self._few_rows[-1] if num_host_tokens else 0,
         )
 
     def _shape(self, lanes: Sequence[SubBatch]) -> GraphShape:
-        only_decodes = len(lanes) == 1 and not lanes[0].gprf and not lanes[0].cdec
-        ladder = self._decodes if only_decodes else self._few_rows
         num_visitors = 0
         if lanes[0].rotating:
             assert self._rotation is not None, "rotating rows need a rotation"
             most = self._rotation.most_at_once(lanes[0].rotating)
             num_visitors = _at_least(self._visitors, most)
-        shapes = tuple(self._lane_shape(lane, ladder, num_visitors) for lane in lanes)
+        alone = len(lanes) == 1
+        shapes = tuple(self._lane_shape(lane, num_visitors, alone=alone) for lane in lanes)
         return GraphShape(shapes, num_visitors)
 
-    def _lane_shape(self, lane: SubBatch, decodes: Sequence[int], num_entering: int) -> LaneShape:
-        gdec, gprf, cdec = lane.gdec, lane.gprf, lane.cdec
-        width = self._filler.width(gdec + gprf, self._max_width)
-        num_prefills = 0
+    def _lane_shape(self, lane: SubBatch, num_entering: int, *, alone: bool) -> LaneShape:
+        gdec, gprf, cprf, cdec = lane.gdec, lane.gprf, lane.cprf, lane.cdec
+        ladder = self._decodes if alone and not (cprf or cdec or num_entering) else self._few_rows
         if gprf:
-            num_prefills = _at_least(self._prefills, len(gprf))
             num_decodes = _at_least(self._mixed_decodes, len(gdec))
-            wanted = sum(item.num_tokens for item in gdec + gprf)
+            wanted = len(gdec) + sum(item.num_tokens for item in gprf)
             num_tokens = _at_least(self._tokens, max(wanted, num_decodes))
         else:
-            num_decodes = num_tokens = _at_least(decodes, len(gdec)) if gdec else 0
+            num_decodes = num_tokens = _at_least(ladder, len(gdec)) if gdec else 0
         longest = max((item.end for item in gdec), default=1)
-        num_splits = self._backend.num_decode_splits(num_decodes, longest)
-        num_host_decodes = _at_least(self._few_rows, len(cdec)) if cdec else 0
-        return LaneShape(
+        device = PagedShape(
             num_tokens,
             num_decodes,
-            num_prefills,
-            width,
-            num_splits,
-            num_host_decodes,
-            num_entering,
+            _at_least(self._prefills, len(gprf)) if gprf else 0,
+            self._filler.width(gdec + gprf, self._max_width),
+            self._backend.num_decode_splits(num_decodes, longest),
+        )
+        host, num_prefix, num_written = PagedShape(), 0, 0
+        if cprf:
+            num_tokens = _at_least(self._tokens, sum(item.num_tokens for item in cprf))
+            num_prefills = _at_least(self._prefills, len(cprf))
+            host = PagedShape(
+                num_tokens, 0, num_prefills, self._filler.width(cprf, self._max_width)
+            )
+            if self._builder.uses_staging:
+                prefix = sum(self._pool.blocks_for(item.start) for item in cprf)
+                num_prefix = _at_least(self._prefixes, prefix)
+                # A chunk may begin and end within a block.
+                num_written = self._pool.blocks_for(num_tokens) + 2 * num_prefills
+        return LaneShape(
+            device=device,
+            host_prefills=host,
+            num_prefix=num_prefix,
+            num_written=num_written,
+            num_host_decodes=_at_least(self._few_rows, len(cdec)) if cdec else 0,
+            num_entering=num_entering,
         )
 
     def _num_sampled(self, shape: GraphShape) -> int:
         """Return the room for rows that sample; 0 if all rows do, in order."""
-        first, *others = shape.lanes
-        if not (others or first.num_prefills or first.num_host_decodes or shape.num_visitors):
+        if len(shape.lanes) == 1 and shape.lanes[0].only_decodes:
             return 0
-        num_rows = sum(lane.num_seqs + lane.num_host_decodes for lane in shape.lanes)
-        return min(num_rows + shape.num_visitors, self._max_num_seqs)
+        return min(sum(lane.most_sampled for lane in shape.lanes), self._max_num_seqs)
 
     def _arrays(self, shape: GraphShape) -> list[_Array]:
         """Return all arrays: the rows that sample, the rotating rows', those of each lane."""
@@ -258,9 +275,9 @@ class StepGraphs:
         upload = self._uploads[self._num_launched % _NUM_UPLOADS]
         self._num_launched += 1
         views = self._cut(shape, upload)
-        for lane, tensors in zip(lanes, views.lanes, strict=True):
+        for room, lane, tensors in zip(shape.lanes, lanes, views.lanes, strict=True):
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            self._filler.fill(arrays, lane, self._feedback.source)
+            self._filler.fill(room, arrays, lane, self._feedback.source)
         if views.sampled.shape[0]:
             rows = _sampled_rows(lanes, shape)
             sampled = views.sampled.numpy()
@@ -285,6 +302,9 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _capture(self, shape: GraphShape) -> torch.cuda.CUDAGraph:
+        for number, lane in enumerate(shape.lanes):
+            if lane.num_written:
+                self._backend.reserve_staging(number, self._staging_blocks)
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._backend.device)
         self._stream.wait_stream(current)
@@ -303,11 +323,19 @@ class StepGraphs:
         size, filled = self._pool.block_size, self._feedback.filled
         rotating = self._rotating_rows(shape, views)
         batches = [
-            batch_of(lane, arrays, block_size=size, filled=filled, rotating=rotating)
+            batch_of(
+                lane,
+                arrays,
+                block_size=size,
+                filled=filled,
+                num_staging_blocks=self._staging_blocks,
+                rotating=rotating,
+            )
             for lane, arrays in zip(shape.lanes, views.lanes, strict=True)
         ]
         self._backend.announce(batches)
         lanes = self._model.run_layers(batches)
+        self._backend.join_copies()
         hidden, residual = lanes[0].hidden, lanes[0].residual
         if len(lanes) > 1:
             hidden = torch.cat([lane.hidden for lane in lanes])
@@ -346,7 +374,7 @@ def token_ladder(most: int, least_most: int) -> list[int]:
         least_most: The ladder goes at least so far.
     """
     most = max(most, least_most)
-    return _steps([*range(64, 512, 64), *range(512, most + 1, 128)], most)
+    return _steps(range(64, most + 1, 64), most)
 
 
 def _steps(steps: Sequence[int], most: int) -> list[int]:
@@ -371,15 +399,19 @@ def _sampled_rows(lanes: Sequence[SubBatch], shape: GraphShape) -> list[int]:
     """Return where the rows that sample are, among those of all lanes."""
     rows, first = [], 0
     for lane, room in zip(lanes, shape.lanes, strict=True):
-        row = first
-        for item in lane.gdec + lane.gprf:
-            row += item.num_tokens
-            if item.samples:
-                rows.append(row - 1)
-        behind = first + room.num_tokens
-        rows += [behind + number for number, item in enumerate(lane.cdec) if item.samples]
+        groups = (
+            (0, lane.gdec + lane.gprf),
+            (room.device.num_tokens, lane.cprf),
+            (room.first_host_decode, lane.cdec),
+        )
+        for start, items in groups:
+            row = first + start
+            for item in items:
+                row += item.num_tokens
+                if item.samples:
+                    rows.append(row - 1)
         # Those that rejoin behind the last layer take the places of those that entered.
-        behind += room.num_host_decodes
-        rows += [behind + number for number in range(sum(row.samples for row in lane.rotating))]
+        num_rejoining = sum(row.samples for row in lane.rotating)
+        rows += range(first + room.first_entering, first + room.first_entering + num_rejoining)
         first += room.num_rows
     return rows

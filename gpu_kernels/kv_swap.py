@@ -50,6 +50,8 @@ def swap_kv_kernel(
     layer = tl.program_id(2).to(tl.int64)
     device_block = tl.load(device_ids_ptr + index).to(tl.int64)
     host_block = tl.load(host_ids_ptr + index).to(tl.int64)
+    if device_block < 0:
+        return
     offs_t = tl.arange(0, TILE_T)
     offs_d = tl.arange(0, TILE_D)
     token_major = offs_t[:, None] * HEAD_DIM + offs_d[None, :]
@@ -88,7 +90,8 @@ def swap_out_kv(
         k_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_dim], bfloat16, float16 or
             float32, device, each layer contiguous.
         v_cache: Same shape, dtype and strides as k_cache.
-        device_block_ids: [n], int32, device, contiguous; the blocks to copy.
+        device_block_ids: [n], int32, device, contiguous; the blocks to copy; those below 0 are
+            none.
         k_host: [num_layers, num_host_blocks, num_kv_heads, head_dim, block_size], k_cache's dtype,
             pinned host memory or on the device, each layer contiguous; the listed blocks are
             overwritten.
@@ -116,7 +119,8 @@ def swap_in_kv(
     Args:
         k_cache: As there; the listed blocks are overwritten.
         v_cache: As there; the listed blocks are overwritten.
-        device_block_ids: [n], int32, device, contiguous, without repeats; where each block goes.
+        device_block_ids: [n], int32, device, contiguous, without repeats; where each block goes;
+            those below 0 are none.
         k_host: As there, but only read.
         v_host: As there, but only read.
         host_block_ids: [n], int32, device, contiguous; the blocks to copy.

@@ -136,6 +136,9 @@ class Backend(Protocol):
         `begin_host`.
         """
 
+    def reserve_staging(self, lane: int, num_blocks: int) -> None:
+        """Make room for a lane's prompts that go to the host, where it stays for captured steps."""
+
     def begin_host(self, work: HostWork) -> None:
         """Give the CPU a step's host-resident decodes, before the device begins the step.
 

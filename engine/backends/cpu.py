@@ -115,6 +115,9 @@ class CpuBackend:
         if self._host is not None:
             self._host.announce(batches)
 
+    def reserve_staging(self, lane: int, num_blocks: int) -> None:
+        """Nothing to do: prompts are attended to in the host pool."""
+
     def begin_host(self, work: HostWork) -> None:
         """Give the CPU its part; see `Backend`."""
         if self._host is not None:

@@ -151,6 +151,11 @@ class CudaBackend:
         if self._host is not None:
             self._host.announce(batches)
 
+    def reserve_staging(self, lane: int, num_blocks: int) -> None:
+        """Make staging blocks that graphs can use; see `Backend`."""
+        assert self._staging is not None, "there is no host pool"
+        self._staging.reserve(lane, num_blocks)
+
     def begin_host(self, work: HostWork) -> None:
         """Give the CPU its part; see `Backend`."""
         if self._host is not None:

@@ -41,6 +41,14 @@ class Staging:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._buffers: dict[tuple[int, int], _Buffer] = {}
+        self._fixed: dict[tuple[int, int], _Buffer] = {}
+        self._used: set[tuple[int, int]] = set()
+
+    def reserve(self, lane: int, num_blocks: int) -> None:
+        """Make buffers of a lane that stay where they are, for graphs and all that fits in them."""
+        for number in range(_NUM_BUFFERS):
+            if (lane, number) not in self._fixed:
+                self._fixed[lane, number] = self._made(num_blocks)
 
     def begin_layer(
         self, lane: int, layer: int, prefills: HostPrefillRows
@@ -56,36 +64,45 @@ class Staging:
             K and V, `[num_blocks, num_kv_heads, block_size, head_dim]`.
         """
         buffer = self._buffer(lane, layer, prefills.num_staging_blocks)
-        torch.cuda.current_stream(self._device).wait_event(buffer.copied)
+        if (lane, layer % _NUM_BUFFERS) in self._used:
+            torch.cuda.current_stream(self._device).wait_event(buffer.copied)
         if prefills.prefix is not None:
             self._copy(buffer, layer, prefills.prefix, to_host=False)
         return buffer.k[0], buffer.v[0]
 
     def end_layer(self, lane: int, layer: int, prefills: HostPrefillRows) -> None:
         """Copy what was written to the host pool, behind the work that follows."""
-        buffer = self._buffers[lane, layer % _NUM_BUFFERS]
+        buffer = self._buffer(lane, layer, prefills.num_staging_blocks)
         assert prefills.written is not None, "chunks that go to the host leave staging"
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._copy(buffer, layer, prefills.written, to_host=True)
             buffer.copied.record(self._stream)
+        self._used.add((lane, layer % _NUM_BUFFERS))
 
     def join(self) -> None:
         """Let later work of the current stream begin after all copies."""
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if self._used:  # else there is nothing to wait for, which a graph could not capture
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._used.clear()
 
     def _buffer(self, lane: int, layer: int, num_blocks: int) -> _Buffer:
         key = (lane, layer % _NUM_BUFFERS)
+        fixed = self._fixed.get(key)
+        if fixed is not None and fixed.k.shape[1] >= num_blocks:
+            return fixed
         buffer = self._buffers.get(key)
         if buffer is None or buffer.k.shape[1] < num_blocks:
             if buffer is not None:
                 buffer.copied.synchronize()
-            shape = self._shape
-            size = (1, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
-            k = torch.zeros(size, dtype=shape.dtype, device=self._device)
-            buffer = _Buffer(k, torch.zeros_like(k), torch.cuda.Event())
-            self._buffers[key] = buffer
+            buffer = self._buffers[key] = self._made(num_blocks)
         return buffer
+
+    def _made(self, num_blocks: int) -> _Buffer:
+        shape = self._shape
+        size = (1, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        k = torch.zeros(size, dtype=shape.dtype, device=self._device)
+        return _Buffer(k, torch.zeros_like(k), torch.cuda.Event())
 
     def _copy(self, buffer: _Buffer, layer: int, blocks: StagedCopy, *, to_host: bool) -> None:
         pools = (self._host.k_pool[layer : layer + 1], self._host.v_pool[layer : layer + 1])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.cost_model.base import CostModel
-from engine.graph_limits import MAX_GRAPH_TOKENS
+from engine.graph_limits import MAX_GRAPH_TOKENS, MAX_STAGED_TOKENS
 from engine.step_plan import StepPrediction, SubBatch
 
 _SWAP_LEAD_LAYERS = 4
@@ -166,9 +166,12 @@ def _handover_s(model: CostModel, load: SubBatchLoad) -> float:
 def _is_graph(loads: Sequence[SubBatchLoad]) -> bool:
     """Return whether the step is launched as a whole; see `StepGraphs.fits`."""
     busy = [load for load in loads if load.num_rows or load.num_rotating]
-    if any(load.copy_out_tokens for load in busy):
+    if any(load.copy_in_tokens + load.copy_out_tokens > MAX_STAGED_TOKENS for load in busy):
         return False
-    return all(not n.num_prefill_tokens or n.num_rows <= MAX_GRAPH_TOKENS for n in busy)
+    return all(
+        not load.num_prefill_tokens or load.num_gdec + load.num_prefill_tokens <= MAX_GRAPH_TOKENS
+        for load in busy
+    )
 
 
 def _launch_s(model: CostModel, loads: Sequence[SubBatchLoad]) -> float:

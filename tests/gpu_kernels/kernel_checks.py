@@ -226,6 +226,7 @@ def check_handover(
         bells[1, 1, 0] = word(ticket + offset)
         receive_rows(*receive, limit_s=limit_s)
     else:
+        bells[1, 1, 0] = word(ticket)
         receive_rows(*receive, limit_s=limit_s)  # waits for what comes next
         time.sleep(0.02)
         bells[1, 1, 0] = word(ticket + offset + 1)  # a later ticket counts, too
@@ -270,8 +271,10 @@ def check_swap(
     expected_new = [pool.clone() for pool in new]
     for pool, source in zip(expected_new, old, strict=True):
         pool[:, new_ids.long()] = source[:, ids.long()]
-    swap_out_kv(*old, ids, *host, host_ids)
-    swap_in_kv(*new, new_ids, *host, host_ids)
+    none = ids.new_full((2,), -1)
+    padded = torch.cat([host_ids, none])
+    swap_out_kv(*old, torch.cat([ids, none]), *host, padded)
+    swap_in_kv(*new, torch.cat([new_ids, none]), *host, padded)
     if device == "cuda":
         torch.cuda.synchronize()
     for got, expected in zip(
