@@ -41,10 +41,9 @@ class StepInFlight:
     def lets_next_go_ahead(self) -> bool:
         """Whether another step may be planned and launched before this one is done.
 
-        Not while the CPU serves it, nor if the next token takes the value of this one on the host.
+        Not if the next token takes the value of this one on the host.
         """
-        needs_values = any(item.request.params.needs_host_tokens for item in self.plan.sampling)
-        return not self.uses_host and not needs_values
+        return not any(item.request.params.needs_host_tokens for item in self.plan.sampling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

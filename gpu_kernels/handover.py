@@ -151,12 +151,13 @@ def receive_rows_kernel(
     slot = tl.load(parameters_ptr + 2).to(tl.int64)
     if count == 0:
         return
+    # Each slot has tickets of its own, so what was seen of another's says nothing.
     if tl.program_id(0) == 0:
         waited = wait_for(bells_ptr + slot * (2 * WORDS) + WORDS, ticket, limit_ns, ON_GPU)
-        store_system(seen_ptr, ticket, ON_GPU)
+        store_system(seen_ptr + slot, ticket, ON_GPU)
         tl.store(waited_ptr, tl.load(waited_ptr) + waited)
     else:
-        wait_for(seen_ptr, ticket, limit_ns, ON_GPU)
+        wait_for(seen_ptr + slot, ticket, limit_ns, ON_GPU)
     for row in range(tl.program_id(0), count, tl.num_programs(0)):
         src_ptr = answers_ptr + slot * stride_slot
         copy_row(dst_ptr, src_ptr, row, stride_dst, stride_row, WIDTH, TILE, True)
@@ -189,7 +190,8 @@ def send_rows(
         ValueError: An argument's shape, dtype, stride or device is wrong.
     """
     pinned = {"rows": rows, "bells": bells}
-    width = _check(pinned, {"src": src, "parameters": parameters, "counter": counter})
+    width = _check(pinned, {"src": src, "parameters": parameters})
+    check_tensor("counter", counter, (1,), torch.int32, src.device)
     num_programs = min(MAX_PROGRAMS, src.shape[0])
     if num_programs == 0:
         return
@@ -220,7 +222,7 @@ def receive_rows(
         answers: [num_slots, max_rows, width], pinned (or on the device).
         bells: As in `send_rows`; word [slot, 1, 0] is waited for.
         parameters: As there.
-        seen: [1], int32, device; the newest ticket that came.
+        seen: [num_slots], int32, device; the newest ticket that came to each.
         waited: [1], int64, pinned (or on the device); grows by the nanoseconds waited.
         offset: Added to the ticket.
         limit_s: The longest wait, seconds.
@@ -229,7 +231,9 @@ def receive_rows(
         ValueError: As there.
     """
     pinned = {"answers": answers, "bells": bells, "waited": waited}
-    width = _check(pinned, {"dst": dst, "parameters": parameters, "seen": seen})
+    width = _check(pinned, {"dst": dst, "parameters": parameters})
+    check_tensor("seen", seen, (bells.shape[0],), torch.int32, dst.device)
+    check_contiguous("seen", seen)
     check_tensor("waited", waited, (1,), torch.int64, waited.device)
     num_programs = min(MAX_PROGRAMS, dst.shape[0])
     if num_programs == 0:
@@ -245,7 +249,7 @@ def receive_rows(
 def _check(pinned: dict[str, torch.Tensor], on_device: dict[str, torch.Tensor]) -> int:
     """Checks either launcher's arguments, in their order, and returns the width of a row."""
     (buffer_name, buffer), (bells_name, bells), *_ = pinned.items()
-    (rows_name, rows), (parameters_name, parameters), (word_name, word) = on_device.items()
+    (rows_name, rows), (parameters_name, parameters) = on_device.items()
     check_float(rows_name, rows, 2)
     check_dense_rows(rows_name, rows)
     width, device = rows.shape[1], rows.device
@@ -255,7 +259,6 @@ def _check(pinned: dict[str, torch.Tensor], on_device: dict[str, torch.Tensor]) 
     check_contiguous(bells_name, bells)
     check_tensor(parameters_name, parameters, (PARAMETERS,), torch.int32, device)
     check_contiguous(parameters_name, parameters)
-    check_tensor(word_name, word, (1,), torch.int32, device)
     for name, tensor in pinned.items():
         if tensor.device != device and not tensor.is_pinned():
             expected = f"pinned host memory or a tensor on {device}"

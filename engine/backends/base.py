@@ -150,7 +150,9 @@ class Backend(Protocol):
         """Let work launched after this wait for all copies between host and device so far."""
 
     def end_step(self) -> HostStepTimes | None:
-        """Wait until the CPU has left the step, before the next one is announced.
+        """Wait until the CPU has left the oldest step that was begun and not ended.
+
+        Two at most may be open.
 
         Returns:
             Its times; None if the step had no host-resident rows.

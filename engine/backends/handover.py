@@ -34,7 +34,8 @@ class DeviceHandover:
         self._uploads = [buffers.allocate(size, torch.int32) for _ in range(_NUM_UPLOADS)]
         self._num_steps = 0
         self._parameters = torch.zeros(size, dtype=torch.int32, device=device)
-        self._words = torch.zeros(num_channels, 2, 1, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(num_channels, 1, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(buffers.bells.shape[0], dtype=torch.int32, device=device)
         self._waited = buffers.allocate((1,), torch.int64)
         self._waited.zero_()
         self._taken_ns = 0
@@ -56,7 +57,7 @@ class DeviceHandover:
             rows,
             self._buffers.bells,
             self._parameters[channel],
-            self._words[channel, 0],
+            self._counters[channel],
             offset,
         )
 
@@ -67,7 +68,7 @@ class DeviceHandover:
             self._buffers.out,
             self._buffers.bells,
             self._parameters[channel],
-            self._words[channel, 1],
+            self._seen,
             self._waited,
             offset,
             limit_s=self._limit_s,

@@ -4,7 +4,9 @@ The device copies rotated Q, K and V rows to `rows`, rings, and later waits and 
 Both buffers and the bells are pinned when the device is a GPU, which then does all that by kernels.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +28,28 @@ DEFAULT_TIMEOUT_S = 30.0
 """Rows or answers that take longer than this are overdue; a layer takes milliseconds on a GPU."""
 GPU_GRACE_S = 10.0
 """How much longer the GPU would wait if the service did not let it go."""
+_NUM_TURNS = 2
+"""One that is served, one ahead."""
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """A service of its own for every other step, so that a step can be launched ahead.
+
+    `orders` says for each lane with host-resident decodes which of the service's lanes it has in
+    this step, as a slot among those of all turns, and its ticket; `first_slot` is that of the turn.
+    """
+
+    service: AttentionService
+    bells: HostDoorbells
+    rows: torch.Tensor
+    out: torch.Tensor
+    first_slot: int
+    orders: dict[int, Order] = field(default_factory=dict)
+
+    def lane(self, lane: int) -> int:
+        """Return which of the service's lanes a lane of the step has."""
+        return self.orders[lane].slot - self.first_slot
 
 
 class HostAttention:
@@ -65,24 +89,34 @@ class HostAttention:
         self.v_pool = self._allocate((shape.num_layers, *v_shape), shape.dtype, kernels)
         q_width = shape.num_q_heads * shape.head_dim
         width = q_width + 2 * shape.num_kv_heads * shape.head_dim
-        self._rows = self._allocate((NUM_LANES, size.max_rows, width), shape.dtype, kernels)
-        self._out = self._allocate((NUM_LANES, size.max_rows, q_width), shape.dtype, kernels)
-        bells = self._allocate((NUM_LANES, 2, 16), torch.int32, kernels)
-        self._service = AttentionService(
-            kernels,
-            num_layers=shape.num_layers,
-            num_q_heads=shape.num_q_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            rows=self._rows,
-            out=self._out,
-            bells=bells,
+        num_slots = _NUM_TURNS * NUM_LANES
+        rows = self._allocate((num_slots, size.max_rows, width), shape.dtype, kernels)
+        out = self._allocate((num_slots, size.max_rows, q_width), shape.dtype, kernels)
+        bells = self._allocate((num_slots, 2, 16), torch.int32, kernels)
+        self._turns = [
+            self._made_turn(first, rows, out, bells) for first in range(0, num_slots, NUM_LANES)
+        ]
+        self._channels = self._channels_over(rows, out, bells, NUM_LANES)
+        self._num_steps = 0
+        self._open: deque[_Turn] = deque()
+        self._now = self._turns[0]
+
+    def _made_turn(
+        self, first_slot: int, rows: torch.Tensor, out: torch.Tensor, bells: torch.Tensor
+    ) -> "_Turn":
+        slots = slice(first_slot, first_slot + NUM_LANES)
+        service = AttentionService(
+            self._kernels,
+            num_layers=self._shape.num_layers,
+            num_q_heads=self._shape.num_q_heads,
+            num_kv_heads=self._shape.num_kv_heads,
+            head_dim=self._shape.head_dim,
+            rows=rows[slots],
+            out=out[slots],
+            bells=bells[slots],
             timeout_s=DEFAULT_TIMEOUT_S,
         )
-        self._bells = HostDoorbells(self._service)
-        self._channels = self._channels_over(self._rows, self._out, bells, NUM_LANES)
-        self._lanes: dict[int, int] = {}
-        self._tickets: list[int] = []
+        return _Turn(service, HostDoorbells(service), rows[slots], out[slots], first_slot)
 
     def _allocate(
         self, shape: tuple[int, ...], dtype: torch.dtype, kernels: CpuAttention
@@ -137,23 +171,23 @@ class HostAttention:
         if work.rotating is not None:
             self._made_rotating(len(work.rotating)).begin_step(work.rotating)
         lanes = [(lane, rows) for lane, rows in enumerate(work.decodes) if rows is not None]
-        self._lanes = {lane: at for at, (lane, _) in enumerate(lanes)}
         if not lanes:
             return
-        self._service.begin_step(
+        turn = self._now = self._turns[self._num_steps % _NUM_TURNS]
+        self._num_steps += 1
+        turn.service.begin_step(
             self.k_pool,
             self.v_pool,
             [Lane(block_tables=rows.block_tables, seq_lens=rows.seq_lens) for _, rows in lanes],
             self._shape.softmax_scale,
         )
-        self._tickets = [self._service.first_ticket(at) for at in range(len(lanes))]
+        self._open.append(turn)
+        turn.orders = {
+            lane: Order(turn.service.first_ticket(at), rows.num_seqs, turn.first_slot + at)
+            for at, (lane, rows) in enumerate(lanes)
+        }
         if self._channels is not None:
-            self._channels.begin_step(
-                {
-                    lane: Order(self._tickets[at], rows.num_seqs, at)
-                    for at, (lane, rows) in enumerate(lanes)
-                }
-            )
+            self._channels.begin_step(turn.orders)
 
     def _made_rotating(self, num_segments: int) -> RotatingAttention:
         if self._rotating is None:
@@ -178,9 +212,10 @@ class HostAttention:
         if self._channels is not None:
             self._channels.send(lane, layer, qkv)
             return
-        at = self._lanes[lane]
-        self._rows[at, : qkv.shape[0]].copy_(qkv)
-        self._bells.ring(at, self._tickets[at] + layer)
+        turn = self._now
+        at = turn.lane(lane)
+        turn.rows[at, : qkv.shape[0]].copy_(qkv)
+        turn.bells.ring(at, turn.orders[lane].ticket + layer)
 
     def receive(self, lane: int, layer: int, out: torch.Tensor) -> None:
         """Wait for a layer's answer and copy it to `out`, `[S, num_q_heads * head_dim]`.
@@ -191,34 +226,35 @@ class HostAttention:
         if self._channels is not None:
             self._channels.receive(lane, layer, out)
             return
-        at = self._lanes[lane]
+        turn = self._now
+        at = turn.lane(lane)
         try:
-            self._bells.wait(at, self._tickets[at] + layer)
+            turn.bells.wait(at, turn.orders[lane].ticket + layer)
         except ServiceError as error:
             raise StepError(f"CPU attention failed: {error}") from error
-        out.copy_(self._out[at, : out.shape[0]])
+        out.copy_(turn.out[at, : out.shape[0]])
 
-    def _take_waiting_s(self) -> float:
-        bells = self._bells if self._channels is None else self._channels
+    def _take_waiting_s(self, turn: "_Turn") -> float:
+        bells = turn.bells if self._channels is None else self._channels
         return bells.take_waiting_s()
 
     def end_step(self) -> HostStepTimes | None:
-        """Wait until the service has left the step; see `Backend`."""
-        if not self._lanes:
+        """Wait until the service has left the oldest open step; see `Backend`."""
+        if not self._open:
             return None
-        self._lanes = {}
+        turn = self._open.popleft()
         try:
-            report = self._service.end_step()
+            report = turn.service.end_step()
         except ServiceError as error:
             if self._on_gpu:
                 torch.cuda.synchronize(self._device)
-            self._take_waiting_s()
+            self._take_waiting_s(turn)
             raise StepError(f"CPU attention failed: {error}") from error
         return HostStepTimes(
             attention_s=tuple(report.attention_s),
             waiting_s=report.waiting_s,
             handover_s=report.handover_s,
-            device_waiting_s=self._take_waiting_s(),
+            device_waiting_s=self._take_waiting_s(turn),
         )
 
     def abandon_step(self, reason: str) -> None:
@@ -226,8 +262,8 @@ class HostAttention:
 
         Once nothing waits on the device, `end_step` and `end_rotations` leave them.
         """
-        if self._lanes:
-            self._service.abort_step(reason)
+        for turn in self._open:
+            turn.service.abort_step(reason)
         if self._rotating is not None:
             self._rotating.abandon(reason)
 
@@ -246,7 +282,8 @@ class HostAttention:
         """Stop the services and give back the memory."""
         if self._rotating is not None:
             self._rotating.close()
-        self._service.close()
+        for turn in self._turns:
+            turn.service.close()
         self.close_memory()
 
     def close_memory(self) -> None:

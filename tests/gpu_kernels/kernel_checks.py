@@ -221,7 +221,7 @@ def check_handover(
 
     answers.copy_(torch.randn(answers.shape, generator=generator))
     dst = torch.full((num_rows, width + 8), torch.nan, dtype=dtype, device=device)[:, :width]
-    receive = (dst, answers, bells, parameters, words(ticket), waited, offset)
+    receive = (dst, answers, bells, parameters, words(0, ticket, ticket + 99), waited, offset)
     if device == "cpu":
         bells[1, 1, 0] = word(ticket + offset)
         receive_rows(*receive, limit_s=limit_s)

@@ -63,7 +63,7 @@ def send_args(n: int = N) -> dict[str, Any]:
 def receive_args(n: int = N) -> dict[str, Any]:
     return {
         "dst": zeros(n, D), "answers": zeros(2, n, D), "bells": zeros(2, 2, 16, dtype=I32),
-        "parameters": zeros(3, dtype=I32), "seen": zeros(1, dtype=I32),
+        "parameters": zeros(3, dtype=I32), "seen": zeros(2, dtype=I32),
         "waited": zeros(1, dtype=torch.int64), "offset": 0, "limit_s": 1.0,
     }  # fmt: skip
 
