@@ -27,6 +27,7 @@ from engine.rotation import Rotation, RotationPlaces
 from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
 from engine.step_plan import StepPlan, SubBatch
 from engine.token_feedback import TokenFeedback
+from engine.upload import Ints
 
 MAX_GRAPHS = 256
 _NUM_UPLOADS = 2
@@ -44,6 +45,16 @@ class _Views:
     sampled: torch.Tensor
     rotating: list[torch.Tensor]
     lanes: list[dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HostArrays:
+    """The same for writing, and what they take."""
+
+    sampled: Ints
+    rotating: list[Ints]
+    lanes: list[dict[str, Ints]]
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +126,7 @@ class StepGraphs:
             torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
             for _ in range(_NUM_UPLOADS)
         ]
+        self._host_views: dict[tuple[GraphShape, int], _HostArrays] = {}
         self._num_launched = 0
         embedding = model.weights.embedding
         self._logits = embedding.new_empty(max_num_seqs, model.weights.lm_head.shape[0])
@@ -252,7 +264,7 @@ class StepGraphs:
         return arrays + [array for lane in shape.lanes for array in lane.arrays().values()]
 
     def _num_bytes(self, shape: GraphShape) -> int:
-        return sum(_num_bytes(array) for array in self._arrays(shape))
+        return sum(_size(array) for array in self._arrays(shape))
 
     def _cut(self, shape: GraphShape, buffer: torch.Tensor) -> _Views:
         """Return a shape's arrays as views of a buffer of bytes."""
@@ -261,7 +273,7 @@ class StepGraphs:
             size, dtype = array
             end = start + int(np.prod(size)) * dtype.itemsize
             views.append(buffer[start:end].view(dtype).view(size))
-            start += _num_bytes(array)
+            start += _size(array)
         left = iter(views)
         return _Views(
             sampled=next(left),
@@ -272,23 +284,36 @@ class StepGraphs:
     def _upload(
         self, shape: GraphShape, lanes: Sequence[SubBatch], places: RotationPlaces | None
     ) -> None:
-        upload = self._uploads[self._num_launched % _NUM_UPLOADS]
+        number = self._num_launched % _NUM_UPLOADS
         self._num_launched += 1
-        views = self._cut(shape, upload)
-        for room, lane, tensors in zip(shape.lanes, lanes, views.lanes, strict=True):
-            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            self._filler.fill(room, arrays, lane, self._feedback.source)
-        if views.sampled.shape[0]:
+        arrays = self._host_arrays(shape, number)
+        for room, lane, views in zip(shape.lanes, lanes, arrays.lanes, strict=True):
+            self._filler.fill(room, views, lane, self._feedback.source)
+        if len(arrays.sampled):
             rows = _sampled_rows(lanes, shape)
-            sampled = views.sampled.numpy()
-            sampled[: len(rows)] = rows
-            sampled[len(rows) :] = 0
+            arrays.sampled[: len(rows)] = rows
+            arrays.sampled[len(rows) :] = 0
         if places is not None:
-            positions, slots, answers = (view.numpy() for view in views.rotating)
+            positions, slots, answers = arrays.rotating
             positions[:] = rotating_positions_of(places)
             slots[:], answers[:] = places.slots, places.answers
-        size = self._num_bytes(shape)
-        self._static[:size].copy_(upload[:size], non_blocking=True)
+        size = arrays.num_bytes
+        self._static[:size].copy_(self._uploads[number][:size], non_blocking=True)
+
+    def _host_arrays(self, shape: GraphShape, number: int) -> _HostArrays:
+        """Return a shape's arrays in an upload buffer; cutting them takes a millisecond."""
+        found = self._host_views.get((shape, number))
+        if found is None:
+            if len(self._host_views) >= _NUM_UPLOADS * MAX_GRAPHS:
+                self._host_views.clear()
+            views = self._cut(shape, self._uploads[number])
+            found = self._host_views[shape, number] = _HostArrays(
+                sampled=views.sampled.numpy(),
+                rotating=[view.numpy() for view in views.rotating],
+                lanes=[{name: view.numpy() for name, view in n.items()} for n in views.lanes],
+                num_bytes=self._num_bytes(shape),
+            )
+        return found
 
     def _graph(self, shape: GraphShape) -> torch.cuda.CUDAGraph:
         graph = self._graphs.get(shape)
@@ -385,7 +410,7 @@ def _at_least(ladder: Sequence[int], number: int) -> int:
     return next(step for step in ladder if step >= number)
 
 
-def _num_bytes(array: _Array) -> int:
+def _size(array: _Array) -> int:
     """Return what an array takes in a buffer."""
     size, dtype = array
     return -(-int(np.prod(size)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
