@@ -9,9 +9,10 @@ tables that the engine measured. An interrupted run goes on where it stopped.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ SETTINGS = {
         folder=model_shape_folder("llama-3-8b"),
         device_kv_blocks=1650,
         host_kv_gb=32.0,
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=512,  # more of a prompt rides along with decodes than with 2,048
         max_model_len=8192,
         dataset=DatasetConfig(num_prompts=200),
         output_lens=(50, 100, 200, 300, 400),
@@ -101,6 +102,8 @@ class Run:
         deadline: On the clock of `time.monotonic`; no point is begun after it.
         settings: By name.
         machine: The one that this is, among those to simulate.
+        request_rates: Requests a second of the points.
+        log_steps: Whether to write the measured steps beside the results.
     """
 
     def __init__(
@@ -110,7 +113,12 @@ class Run:
         deadline: float,
         settings: Mapping[str, Setting] = SETTINGS,
         machine: str = MACHINE,
+        request_rates: tuple[float, ...] = (math.inf,),
+        *,
+        log_steps: bool = False,
     ) -> None:
+        self._request_rates = request_rates
+        self._log_steps = log_steps
         self._settings = settings
         self._machine = machine
         self._out = out
@@ -137,10 +145,14 @@ class Run:
         for name, mode in reversed(SYSTEMS.items()):
             measured = InProcessSystem(
                 name=name,
-                config=setting.engine(mode),
+                config=self._logged(setting, name, mode),
                 tables=self._tables(setting.name) if name == "neo" else None,
             )
             self._sweep(setting, measured)
+
+    def _logged(self, setting: Setting, name: str, mode: str) -> EngineConfig:
+        path = self._out / f"{setting.name}-{name}.steps.jsonl" if self._log_steps else None
+        return replace(setting.engine(mode), log_steps=path)
 
     def simulate(self, setting: Setting) -> None:
         """Simulate a setting on every system."""
@@ -162,6 +174,7 @@ class Run:
         config = BenchConfig(
             dataset=setting.dataset,
             output_lens=setting.output_lens,
+            request_rates=self._request_rates,
             result_dir=self._work,
             metadata={"setting": setting.name},
         )
@@ -190,22 +203,24 @@ class Run:
     def print_table(self) -> None:
         """Print measured beside predicted throughput."""
         table = Table(title="requests/s, measured and predicted", title_justify="left")
-        for name in ("setting", "system", "out", "measured", "vLLM 0.23.0, H200"):
+        for name in ("setting", "system", "out", "asked", "measured", "vLLM 0.23.0, H200"):
             table.add_column(name)
         for kind in ("machine", "tables"):
             table.add_column(f"simulated from {kind}", justify="right")
         rates = {
-            (p["setting"], p["label"], p["output_len"] or 0): p["request_throughput"]
+            (p["setting"], p["label"], p["output_len"] or 0, str(p["request_rate"])): p[
+                "request_throughput"
+            ]
             for p in self._points.values()
         }
-        for (setting, label, length), rate in rates.items():
+        for (setting, label, length, asked), rate in rates.items():
             if label not in SYSTEMS:
                 continue
-            cells = [setting, label, str(length or "own"), f"{rate:.2f}"]
-            vllm = self._settings[setting].vllm.get(length)
+            cells = [setting, label, str(length or "own"), asked, f"{rate:.2f}"]
+            vllm = self._settings[setting].vllm.get(length) if asked == "inf" else None
             cells.append("" if vllm is None else f"{vllm:.2f}")
             for kind in ("machine", "tables"):
-                found = rates.get((setting, f"{label}, simulated from {kind}", length))
+                found = rates.get((setting, f"{label}, simulated from {kind}", length, asked))
                 cells.append("" if found is None else f"{found:.2f} ({found / rate - 1:+.0%})")
             table.add_row(*cells)
         Console(width=120).print(table)
@@ -241,9 +256,19 @@ def main() -> None:
     parser.add_argument(
         "--simulate-only", action="store_true", help="predict again what --resume holds"
     )
+    parser.add_argument(
+        "--request-rate", default="inf", help="requests a second, separated by commas"
+    )
+    parser.add_argument("--log-steps", action="store_true", help="write the measured steps, too")
     arguments = parser.parse_args()
-    deadline = time.monotonic() + 60 * arguments.minutes
-    run = Run(arguments.out, arguments.work, deadline, machine=arguments.machine)
+    run = Run(
+        arguments.out,
+        arguments.work,
+        deadline=time.monotonic() + 60 * arguments.minutes,
+        machine=arguments.machine,
+        request_rates=tuple(float(rate) for rate in arguments.request_rate.split(",")),
+        log_steps=arguments.log_steps,
+    )
     if arguments.resume is not None:
         run.restore(arguments.resume)
     for name in arguments.settings:
