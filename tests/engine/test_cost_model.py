@@ -15,6 +15,7 @@ from engine.cost_model import (
     predict,
 )
 from engine.errors import ConfigError
+from engine.graph_limits import MAX_GRAPH_TOKENS
 from engine.scheduling.dealing import dealt_loads, hidden_windows, prefix_sums
 from tests.engine.cost_tables import COST_MODELS, make_cost_model
 from tests.engine.step_simulation import H200, LLAMA3_8B, T4
@@ -133,10 +134,10 @@ def test_copies_of_prompts_hide_behind_the_layers_unless_they_are_longer() -> No
 
 def test_moves_hide_behind_all_but_the_first_layers_except_in_graphs() -> None:
     model = make_cost_model(num_layers=16)
-    mixed = SubBatchLoad(num_gdec=2, gdec_tokens=1000, num_prefill_tokens=98)
-    moved_s = predict(model, [mixed], swap_tokens=500).step_s - predict(model, [mixed]).step_s
+    eager = SubBatchLoad(num_gdec=2, gdec_tokens=1000, num_prefill_tokens=MAX_GRAPH_TOKENS)
+    moved_s = predict(model, [eager], swap_tokens=500).step_s - predict(model, [eager]).step_s
     assert moved_s == pytest.approx(model.swap_s(500) / 4)
-    graph = SubBatchLoad(num_gdec=2, gdec_tokens=1000)
+    graph = SubBatchLoad(num_gdec=2, gdec_tokens=1000, num_prefill_tokens=98)
     moved_s = predict(model, [graph], swap_tokens=500).step_s - predict(model, [graph]).step_s
     assert moved_s == pytest.approx(model.swap_s(500))
 

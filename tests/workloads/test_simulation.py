@@ -51,7 +51,7 @@ def test_a_single_request_takes_what_the_cost_model_says() -> None:
     [record] = run.records
     assert [start for start, _ in steps] == pytest.approx([5.0, *record.token_times_s[:-1]])
     layer_s = model.linear_s(100) + model.prefill_attention_s(100, 100)
-    first_s = 32 * max(layer_s, model.launch_s(0)) + model.fixed_step_s(1)
+    first_s = 32 * layer_s + model.fixed_step_s(1)
     assert record.ttft_s == pytest.approx(first_s)
     assert record.completed
     assert record.num_output_tokens == 3
