@@ -127,8 +127,8 @@ class StepPrediction:
     `step_s` is the whole step; `linear_s`, `gpu_attention_s` and `cpu_attention_s` have one entry a
     sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides. `prompt_copy_s` is the
     copying of `cprf` rows' K and V and `launch_s` the host's launching, which both run beside the
-    layers; `fixed_s` is what a step costs beside its layers. `tokens_per_s` is what the scheduler
-    compares: decode tokens, with prefill tokens counted at what they cost (see
+    layers; `fixed_s` is what a step costs beside its layers; `rotates` says that the CPU attends to
+    rotating rows. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill tokens counted at what they cost (see
     `engine.scheduling.step_former`).
     """
 
@@ -144,6 +144,7 @@ class StepPrediction:
     prompt_copy_s: float = 0.0
     launch_s: float = 0.0
     fixed_s: float = 0.0
+    rotates: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ The simulator and the planner use it, and the scheduler before a machine was pro
 
 from dataclasses import dataclass
 
+from engine.cost_model.base import ROTATING_HANDOVER_SHARE
 from engine.errors import ConfigError
 
 _SMOOTHNESS = 3.0
@@ -158,14 +159,17 @@ class AnalyticCostModel:
             hardware.gpu_attention_latency_s
         )
 
-    def cpu_attention_s(self, num_rows: int, total_tokens: int) -> float:
+    def cpu_attention_s(
+        self, num_rows: int, total_tokens: int, *, rotating: bool = False
+    ) -> float:
         """Reading K and V once, from host memory."""
         rate = self.hardware.cpu_bandwidth_bytes_s * self.hardware.cpu_attention_efficiency
         return total_tokens * self.model.kv_bytes_per_token / rate
 
-    def handover_s(self) -> float:
+    def handover_s(self, *, rotating: bool = False) -> float:
         """As the hardware figures say."""
-        return self.hardware.handover_s
+        share = ROTATING_HANDOVER_SHARE if rotating else 1.0
+        return share * self.hardware.handover_s
 
     def launch_s(self, num_handovers: int) -> float:
         """As the hardware figures say."""

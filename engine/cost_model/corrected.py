@@ -3,7 +3,9 @@
 Offline tables go stale: the machine is shared, clocks fall, lengths differ from those measured.
 Each part has a factor that follows measured over predicted time, slowly and within bounds, so that
 one outlier cannot turn the scheduler's choice round. Factors multiply, so they move by logarithms.
-The host's factors fade while no step uses it: a slow spell must not rule it out for good.
+The host has factors for each way of using it, because what slows down answers that are waited for
+in every layer need not slow down those that are not. They fade while no step uses the host so: a
+slow spell must not rule it out for good.
 """
 
 import math
@@ -16,7 +18,10 @@ from engine.step_plan import StepMeasurement, StepPrediction
 
 _DEVICE_PARTS = ("linear", "gpu_attention", "prefill_attention", "fixed")
 _HOST_PARTS = ("cpu_attention", "handover")
-_PARTS = (*_DEVICE_PARTS, *_HOST_PARTS, "swap")
+_ROTATING_PARTS = ("rotating_attention", "rotating_handover")
+_PARTS = (*_DEVICE_PARTS, *_HOST_PARTS, *_ROTATING_PARTS, "swap")
+_HIDDEN_SHARE = 0.9
+"""Of a step, what rotating rows' attention takes if the step does not end with it."""
 
 
 class CorrectedCostModel:
@@ -27,8 +32,8 @@ class CorrectedCostModel:
         weight: Weight of the newest step, in (0, 1].
         max_step_ratio: Most that one step counts for, as measured over predicted or its inverse.
         max_factor: Most that a factor becomes, or its inverse.
-        fading: What a step without host-resident decodes takes off the host's corrections, in
-            [0, 1).
+        fading: What a step takes off the corrections of the ways of using the host that it leaves
+            out, in [0, 1).
 
     Raises:
         ConfigError: A bound is out of range.
@@ -81,13 +86,17 @@ class CorrectedCostModel:
         """Return the corrected time."""
         return self._factors["gpu_attention"] * self.inner.gpu_attention_s(num_seqs, total_tokens)
 
-    def cpu_attention_s(self, num_rows: int, total_tokens: int) -> float:
+    def cpu_attention_s(
+        self, num_rows: int, total_tokens: int, *, rotating: bool = False
+    ) -> float:
         """Return the corrected time."""
-        return self._factors["cpu_attention"] * self.inner.cpu_attention_s(num_rows, total_tokens)
+        factor = self._factors["rotating_attention" if rotating else "cpu_attention"]
+        return factor * self.inner.cpu_attention_s(num_rows, total_tokens, rotating=rotating)
 
-    def handover_s(self) -> float:
+    def handover_s(self, *, rotating: bool = False) -> float:
         """Return the corrected time."""
-        return self._factors["handover"] * self.inner.handover_s()
+        factor = self._factors["rotating_handover" if rotating else "handover"]
+        return factor * self.inner.handover_s(rotating=rotating)
 
     def launch_s(self, num_handovers: int) -> float:
         """Return the time as it is: what it hides behind other parts is not known."""
@@ -105,29 +114,32 @@ class CorrectedCostModel:
         """Learn from a step.
 
         Parts that were measured correct their own factor; with them, the hand-over learns what the
-        step took beyond its prediction. Of a step of which only the whole is
-        known, the device's parts learn if no host-resident row decoded; if some did, and the step
-        was longer than predicted or waited for the host, the host's parts learn what the device's
-        prediction leaves over.
+        step took beyond its prediction, unless it ended with the rotating rows' attention. Of a
+        step of which only the whole is known, the device's parts learn if no host-resident row
+        decoded; if some did, and the step was longer than predicted or waited for the host, the
+        host's parts learn what the device's prediction leaves over.
 
         Args:
             prediction: This model's own, as the plan carried it.
             measured: What the step took.
         """
         predicted = _parts(prediction)
-        known = {name: getattr(measured, f"{name}_s") for name in _PARTS}
+        attention, handover = _host_parts(prediction)
+        known = {name: getattr(measured, f"{name}_s") for name in (*_DEVICE_PARTS, "swap")}
+        known |= {attention: measured.cpu_attention_s, handover: measured.handover_s}
         if all(value is None for value in known.values()):
             known = _attribute(prediction, measured.step_s)
-        elif known["handover"] is None and prediction.handover_s > 0 and prediction.swap_s == 0:
+        elif _tells_handover(prediction, measured):
             # The device's parts learn from steps without host rows; what a step with them takes
             # beyond its prediction is what they cost the device.
-            known["handover"] = prediction.handover_s + measured.step_s - prediction.step_s
+            known[handover] = prediction.handover_s + measured.step_s - prediction.step_s
         for name, value in known.items():
             if value is not None and value > 0 and predicted[name] > 0:
                 self._learn(name, value / predicted[name])
-        if predicted["cpu_attention"] == 0:
-            for name in _HOST_PARTS:
-                self._set_log(name, self._logs[name] * (1 - self._fading))
+        for parts in (_HOST_PARTS, _ROTATING_PARTS):
+            if predicted.get(parts[0], 0.0) == 0:
+                for name in parts:
+                    self._set_log(name, self._logs[name] * (1 - self._fading))
 
     def _learn(self, name: str, ratio: float) -> None:
         """Move a factor towards `ratio` times itself."""
@@ -139,28 +151,41 @@ class CorrectedCostModel:
         self._factors[name] = math.exp(self._logs[name])
 
 
+def _host_parts(prediction: StepPrediction) -> tuple[str, str]:
+    """Return the names of the host's attention and hand-over in a step's mode."""
+    return _ROTATING_PARTS if prediction.rotates else _HOST_PARTS
+
+
+def _tells_handover(prediction: StepPrediction, measured: StepMeasurement) -> bool:
+    if measured.handover_s is not None or prediction.handover_s == 0 or prediction.swap_s > 0:
+        return False
+    attention_s = measured.cpu_attention_s or 0.0
+    return not prediction.rotates or attention_s < _HIDDEN_SHARE * measured.step_s
+
+
 def _parts(prediction: StepPrediction) -> dict[str, float]:
+    attention, handover = _host_parts(prediction)
     return {
         "linear": sum(prediction.linear_s),
         "gpu_attention": sum(prediction.gpu_attention_s),
         "prefill_attention": prediction.prefill_attention_s,
         "fixed": prediction.fixed_s,
-        "cpu_attention": sum(prediction.cpu_attention_s),
-        "handover": prediction.handover_s,
+        attention: sum(prediction.cpu_attention_s),
+        handover: prediction.handover_s,
         "swap": prediction.swap_s,
     }
 
 
 def _attribute(prediction: StepPrediction, step_s: float) -> dict[str, float | None]:
     """Share out a step's time, known as a whole only, among the parts that explain it."""
-    parts = _parts(prediction)
+    parts, names = _parts(prediction), _host_parts(prediction)
     if prediction.swap_s > 0:
         return {}  # how much of it the move took is anybody's guess
-    if parts["cpu_attention"] == 0:
+    if parts[names[0]] == 0:
         return {name: parts[name] * step_s / prediction.step_s for name in _DEVICE_PARTS}
     excess_s = step_s - prediction.step_s
     if excess_s <= 0 and prediction.exposed_cpu_s == 0:
         return {}
-    host_s = sum(parts[name] for name in _HOST_PARTS)
+    host_s = sum(parts[name] for name in names)
     ratio = max(0.0, host_s + excess_s) / host_s
-    return {name: parts[name] * ratio for name in _HOST_PARTS}
+    return {name: parts[name] * ratio for name in names}

@@ -144,23 +144,27 @@ def _visitors(model: CostModel, load: SubBatchLoad) -> int:
     return -(-load.num_rotating // rotation_steps(model))
 
 
-def _visited_share(model: CostModel, load: SubBatchLoad) -> float:
-    """Return the share of layers that have rotating rows."""
-    return min(1.0, load.num_rotating / rotation_steps(model))
+def _visited_share(model: CostModel, load: SubBatchLoad, *, is_graph: bool) -> float:
+    """Return the share of layers that have rotating rows, or in a graph: room for them."""
+    return 1.0 if is_graph else min(1.0, load.num_rotating / rotation_steps(model))
 
 
-def _linear_s(model: CostModel, load: SubBatchLoad) -> float:
+def _linear_s(model: CostModel, load: SubBatchLoad, *, is_graph: bool) -> float:
     """Return an average layer's linear work; one that nobody is in is skipped."""
     num_rows = load.num_rows + _visitors(model, load)
     if num_rows == 0:
         return 0.0
-    return model.linear_s(num_rows) * (1.0 if load.num_rows else _visited_share(model, load))
+    share = 1.0 if load.num_rows else _visited_share(model, load, is_graph=is_graph)
+    return share * model.linear_s(num_rows)
 
 
-def _handover_s(model: CostModel, load: SubBatchLoad) -> float:
+def _handover_s(model: CostModel, load: SubBatchLoad, *, is_graph: bool) -> float:
     """Return the device's time for an average layer's hand-over, of either kind."""
-    share = 1.0 if load.num_cdec else _visited_share(model, load)
-    return model.handover_s() * share
+    if load.num_cdec:
+        return model.handover_s()
+    if not load.num_rotating:
+        return 0.0
+    return _visited_share(model, load, is_graph=is_graph) * model.handover_s(rotating=True)
 
 
 def _is_graph(loads: Sequence[SubBatchLoad]) -> bool:
@@ -200,13 +204,15 @@ def predict(
         swap_tokens: Tokens whose K and V move before the step computes.
         prefill_weight: Decode tokens that a prefill token is worth.
     """
+    is_graph = _is_graph(loads)
     visitors = sum(_visitors(model, load) for load in loads)
-    linear = [_linear_s(model, load) for load in loads]
+    linear = [_linear_s(model, load, is_graph=is_graph) for load in loads]
     gdec = [model.gpu_attention_s(load.num_gdec, load.gdec_tokens) for load in loads]
     cdec = [model.cpu_attention_s(load.num_cdec, load.cdec_tokens) for load in loads]
-    handovers = [_handover_s(model, load) for load in loads]
+    handovers = [_handover_s(model, load, is_graph=is_graph) for load in loads]
     rotating_s = sum(
-        model.cpu_attention_s(load.num_rotating, load.rotating_tokens) for load in loads
+        model.cpu_attention_s(load.num_rotating, load.rotating_tokens, rotating=True)
+        for load in loads
     )
     stages = [
         StageTimes(
@@ -225,11 +231,11 @@ def predict(
         model.swap_s(sum(load.copy_out_tokens for load in loads)),
         model.swap_s(sum(load.copy_in_tokens for load in loads)),
     )
-    launch_s = 0.0 if _is_graph(loads) else _launch_s(model, loads)
+    launch_s = 0.0 if is_graph else _launch_s(model, loads)
     num_decodes = sum(load.num_decodes for load in loads)
     num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads) + visitors
     swap_s = model.swap_s(swap_tokens)
-    exposed_swap_s = swap_s if _is_graph(loads) else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
+    exposed_swap_s = swap_s if is_graph else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
     device_s = max(layers_s, copies_s, launch_s, swap_s) + min(swap_s, exposed_swap_s)
     device_s += model.fixed_step_s(num_sampled)
     step_s = max(device_s, rotating_s)
@@ -249,4 +255,5 @@ def predict(
         prompt_copy_s=copies_s,
         launch_s=launch_s,
         fixed_s=model.fixed_step_s(num_sampled),
+        rotates=any(load.num_rotating for load in loads),
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from engine.cost_model.base import ROTATING_HANDOVER_SHARE
 from engine.errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = 2
@@ -151,15 +152,18 @@ class TableCostModel:
             return 0.0
         return self.tables.gpu_attention(total_tokens) + num_seqs * self.tables.gpu_attention_row_s
 
-    def cpu_attention_s(self, num_rows: int, total_tokens: int) -> float:
+    def cpu_attention_s(
+        self, num_rows: int, total_tokens: int, *, rotating: bool = False
+    ) -> float:
         """Look up tokens and add a little per row."""
         if num_rows == 0:
             return 0.0
         return self.tables.cpu_attention(total_tokens) + num_rows * self.tables.cpu_attention_row_s
 
-    def handover_s(self) -> float:
-        """As measured."""
-        return self.tables.handover_s
+    def handover_s(self, *, rotating: bool = False) -> float:
+        """As measured where the answer is waited for, or a share of it."""
+        share = ROTATING_HANDOVER_SHARE if rotating else 1.0
+        return share * self.tables.handover_s
 
     def launch_s(self, num_handovers: int) -> float:
         """As measured."""

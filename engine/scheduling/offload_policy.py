@@ -5,7 +5,9 @@ two hundred waiting. So the policy compares steady states: as many device-reside
 each decode token accompanied by its share of prompts, with and without H host-resident requests
 beside them. Both sides do the same mixture of work, so decode tokens a second compare fairly, and H
 itself is what the host's bandwidth can hide. Moving to the host happens only above a margin,
-because lengths are guessed and predictions err.
+because lengths are guessed and predictions err. So does changing the way in which the host is used:
+it takes different numbers of requests there, and a rotation is worth something only once it is
+full, so steps that take whatever is best at the moment end up with the worst of both.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +24,8 @@ _LIKE = 1 / 16
 """Loads that differ by less are treated alike: looking closer takes milliseconds."""
 _MOST_REUSED = 8
 """Looks at a load after which the gain is computed again, because predictions are corrected."""
+_CHANGE_GAIN = 1.1
+"""What the other way of using the host must promise over the present one."""
 _MEMORY = 0.05
 """Weight of the newest finished request in the mean output length."""
 
@@ -133,16 +137,24 @@ class OffloadPolicy:
         if most < 1:
             return OffloadTarget(0, 1.0)
         baseline = self._rate(load, num_device, 0)
-        rate, num_host, rotates = max(
-            (*_highest(lambda n: self._rate(load, num_device, n), most), False),
-            (*_highest(lambda n: self._rotating_rate(load, num_device, n), most), True),
-        )
+        in_one_go = _highest(lambda n: self._rate(load, num_device, n), most)
+        rotating = _highest(lambda n: self._rotating_rate(load, num_device, n), most)
+        rotates = self._prefers_rotating(in_one_go[0], rotating[0])
+        rate, num_host = rotating if rotates else in_one_go
         if num_host == demand - num_device:
             # All of them, also those that the device holds fewer of than their mean length says.
             num_host = self._config.max_num_seqs
         if baseline == 0.0:
             return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
         return OffloadTarget(num_host, rate / baseline, rotates)
+
+    def _prefers_rotating(self, in_one_go: float, rotating: float) -> bool:
+        """Return which way of using the host to take, by what each promises."""
+        if not self.offloads:
+            return rotating > in_one_go
+        if self.target.rotates:
+            return rotating * _CHANGE_GAIN >= in_one_go
+        return rotating > in_one_go * _CHANGE_GAIN
 
     def _rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
         """Return decode tokens a second of the steady state; 0 if it breaks the TPOT limit."""

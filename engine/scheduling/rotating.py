@@ -60,7 +60,11 @@ def _num_hidden(model: CostModel, base: SubBatch, prefix: Sequence[int]) -> int:
         num_gdec=len(base.gdec), gdec_tokens=sum(item.end for item in base.gdec), num_rotating=1
     )
     device_s = predict(model, [load]).step_s
-    return largest(len(prefix) - 1, lambda n: model.cpu_attention_s(n, prefix[n]) <= device_s)
+
+    def is_hidden(num_rows: int) -> bool:
+        return model.cpu_attention_s(num_rows, prefix[num_rows], rotating=True) <= device_s
+
+    return largest(len(prefix) - 1, is_hidden)
 
 
 def _row(model: CostModel, request: Request) -> RotatingRow:

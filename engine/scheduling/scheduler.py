@@ -232,6 +232,7 @@ class Scheduler:
             can_admit=not self._running or not (plan.preempted or plan.swaps_out),
             swap_tokens=sum(swap.request.num_computed_tokens for swap in swaps),
             uses_host=host is not None and bool(on_host or target or needs_host),
+            rotates=self.policy.target.rotates if self.policy.offloads else None,
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
             is_due=any(self._rules.patience(request) <= 0 for request in on_host),
             outlook=self._outlooks() if self.config.admission_lookahead else None,

@@ -63,10 +63,10 @@ class StepFormer:
         weight = self._prefill_weight(view, mixed if mixed.scheduled else device)
         gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
         asymmetric = overlap = None
-        if self._config.mode != "overlap":
-            asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
-        if self._config.mode != "asymmetric":
+        if view.rotates is not False:
             overlap = self._best_overlap(view, host_budget, weight)
+        if not view.rotates or (overlap is None and self._config.mode == "auto"):
+            asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
         return self._choose(view, gpu_only, asymmetric, overlap)
 
     def _choose(
@@ -95,8 +95,8 @@ class StepFormer:
         """Return the best step with rotating rows; prompts may go to the host beside them."""
         draft = self._fit(view, lambda b: self._overlap(view, b, weight), budget)
         has_rows = any(s.rotating for s in draft.sub_batches)
-        forced = self._config.mode == "overlap" and any(s.cprf for s in draft.sub_batches)
-        return draft if has_rows or forced else None
+        begins = bool(view.rotates) and any(s.cprf for s in draft.sub_batches)
+        return draft if has_rows or begins else None
 
     def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:
         base, admitted = self._prompts(view, budget, with_host=True)

@@ -26,6 +26,7 @@ class StepView:
         can_admit: New requests may start.
         swap_tokens: Tokens that move before the step, whatever is chosen.
         uses_host: The host may take part.
+        rotates: Its rows should rotate, or else be computed in one go; None: whatever is best now.
         least_gain: Rate with host-resident rows over that without from which they are computed.
         is_due: A host-resident request has waited as long as it may.
         outlook: Makes a fresh look at what the device will hold; None: new requests start there as
@@ -45,6 +46,7 @@ class StepView:
     can_admit: bool
     swap_tokens: int
     uses_host: bool
+    rotates: bool | None
     least_gain: float
     is_due: bool
     outlook: Callable[[], DeviceOutlook] | None = None

@@ -156,11 +156,15 @@ def test_a_rotation_hides_behind_the_whole_step() -> None:
     assert longer.exposed_cpu_s == pytest.approx(5e-3 - hidden.step_s)
 
 
-def test_layers_without_rows_are_skipped() -> None:
+def test_layers_without_rotating_rows_hand_nothing_over_except_in_graphs() -> None:
     model = make_cost_model(num_layers=9)
-    few = predict(model, [SubBatchLoad(num_rotating=2, rotating_tokens=2)])
-    many = predict(model, [SubBatchLoad(num_rotating=10, rotating_tokens=10)])
-    assert sum(few.linear_s) == pytest.approx(sum(many.linear_s) / 5)
+    few = SubBatchLoad(num_rotating=2, rotating_tokens=2)
+    many = SubBatchLoad(num_rotating=10, rotating_tokens=10)
+    assert predict(model, [few]).handover_s == predict(model, [many]).handover_s
+    few, many = (replace(load, num_prefill_tokens=MAX_GRAPH_TOKENS + 1) for load in (few, many))
+    full = predict(model, [many]).handover_s
+    assert predict(model, [few]).handover_s == pytest.approx(full / 5)
+    assert full == pytest.approx(9 * model.handover_s(rotating=True))
 
 
 def test_an_empty_step_costs_what_is_fixed() -> None:

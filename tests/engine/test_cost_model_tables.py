@@ -145,6 +145,28 @@ def test_a_slow_host_is_forgiven_while_nobody_uses_it() -> None:
     assert 1.0 < model.factors["cpu_attention"] < 0.8 * slow
 
 
+def test_each_way_of_using_the_host_learns_for_itself() -> None:
+    model = CorrectedCostModel(make_cost_model())
+    rotating = [SubBatchLoad(num_gdec=2, gdec_tokens=100, num_rotating=8, rotating_tokens=2000)]
+    observe(model, rotating, make_cost_model(cpu_token_s=2e-6), 300, parts=True)
+    assert model.factors["rotating_attention"] == pytest.approx(2.0, rel=0.01)
+    assert model.factors["cpu_attention"] == 1.0
+    observe(model, MIXED, make_cost_model(cpu_token_s=3e-6), 100, parts=True)
+    assert model.factors["cpu_attention"] > 2.5
+    assert 1.0 < model.factors["rotating_attention"] < 1.9
+
+
+def test_a_rotation_that_ends_a_step_does_not_teach_the_hand_over() -> None:
+    model = CorrectedCostModel(make_cost_model(handover_s=1e-5))
+    rotating = [SubBatchLoad(num_gdec=2, gdec_tokens=100, num_rotating=8, rotating_tokens=2000)]
+    predicted = predict(model, rotating)
+    for attention_s, step_s in ((1.0, 1.0), (0.1 * predicted.step_s, 2 * predicted.step_s)):
+        measured = StepMeasurement(step_s=step_s, cpu_attention_s=attention_s)
+        before = model.factors["rotating_handover"]
+        model.observe(predicted, measured)
+        assert (model.factors["rotating_handover"] > before) == (attention_s < step_s)
+
+
 def test_a_step_that_moved_blocks_teaches_nothing_as_a_whole() -> None:
     model = CorrectedCostModel(make_cost_model())
     prediction = predict(model, DECODES, swap_tokens=100)
