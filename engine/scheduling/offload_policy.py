@@ -26,6 +26,10 @@ _MOST_REUSED = 8
 """Looks at a load after which the gain is computed again, because predictions are corrected."""
 _CHANGE_GAIN = 1.1
 """What the other way of using the host must promise over the present one."""
+_WHOLE_QUEUE_GAIN = 0.15
+"""What the gain must be higher if all requests there are went to the host, less in proportion, and
+were computed in one go: such a queue is too short for a steady state. Its prompts come first, which
+hide the host's work, then its decodes, which do not."""
 _MEMORY = 0.05
 """Weight of the newest finished request in the mean output length."""
 
@@ -118,15 +122,21 @@ class OffloadPolicy:
         self._num_reused, self._last_load = 0, load
         self.target = self.best_target(load)
         margin = self._config.min_offload_gain - 1
+        if not self.target.rotates:
+            on_host = min(self.target.num_host, load.num_requests) / load.num_requests
+            margin += _WHOLE_QUEUE_GAIN * on_host
         self.offloads = self.target.gain >= 1 + (margin / 2 if self.offloads else margin)
 
     def _mean_load(self, running: Sequence[Request], waiting: Sequence[Request]) -> MeanLoad:
         known = [*running, *islice(waiting, _NUM_SAMPLED_WAITING)]
-        output = self._mean_output
-        if output is None:
-            output = _mean(request.max_new_tokens for request in known)
+        output = _mean(self._expected_output(request) for request in known)
         prompt = _mean(len(request.prompt_token_ids) for request in known)
         return MeanLoad(len(running) + len(waiting), prompt, max(1.0, output))
+
+    def _expected_output(self, request: Request) -> float:
+        """Return how many tokens a request is expected to get; the first to end were short ones."""
+        most, mean = request.max_new_tokens, self._mean_output
+        return most if mean is None or request.params.ignore_eos else min(most, mean)
 
     def best_target(self, load: MeanLoad) -> OffloadTarget:
         """Return the number of host-resident requests with the highest steady-state throughput."""

@@ -81,6 +81,8 @@ class StepFormer:
             return Choice(best, None, "nothing to do on the device alone")
         if self._config.mode in FORCED_MODES:
             return Choice(best, baseline, f"mode {self._config.mode}")
+        if view.rotates and best.within_limit and best.fills_host:
+            return Choice(best, baseline, "prompts for the host")
         if _pays(view, best, baseline):
             better = "within the TPOT limit" if not baseline.within_limit else "higher rate"
             return Choice(best, baseline, better)
@@ -95,7 +97,7 @@ class StepFormer:
         """Return the best step with rotating rows; prompts may go to the host beside them."""
         draft = self._fit(view, lambda b: self._overlap(view, b, weight), budget)
         has_rows = any(s.rotating for s in draft.sub_batches)
-        begins = bool(view.rotates) and any(s.cprf for s in draft.sub_batches)
+        begins = bool(view.rotates) and draft.fills_host
         return draft if has_rows or begins else None
 
     def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:

@@ -77,6 +77,11 @@ class Draft:
         return StepMode.ASYMMETRIC if has_host_rows else StepMode.GPU_ONLY
 
     @property
+    def fills_host(self) -> bool:
+        """Whether prompts go to the host: an investment that later steps repay."""
+        return any(s.cprf for s in self.sub_batches)
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is computed."""
         return all(s.is_empty for s in self.sub_batches)
