@@ -159,9 +159,7 @@ class AnalyticCostModel:
             hardware.gpu_attention_latency_s
         )
 
-    def cpu_attention_s(
-        self, num_rows: int, total_tokens: int, *, rotating: bool = False
-    ) -> float:
+    def cpu_attention_s(self, num_rows: int, total_tokens: int, *, rotating: bool = False) -> float:
         """Reading K and V once, from host memory."""
         rate = self.hardware.cpu_bandwidth_bytes_s * self.hardware.cpu_attention_efficiency
         return total_tokens * self.model.kv_bytes_per_token / rate

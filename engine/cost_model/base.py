@@ -32,9 +32,7 @@ class CostModel(Protocol):
     def gpu_attention_s(self, num_seqs: int, total_tokens: int) -> float:
         """Return the time of one layer's decode attention on the device; 0 without rows."""
 
-    def cpu_attention_s(
-        self, num_rows: int, total_tokens: int, *, rotating: bool = False
-    ) -> float:
+    def cpu_attention_s(self, num_rows: int, total_tokens: int, *, rotating: bool = False) -> float:
         """Return the time of one layer's decode attention on the host; 0 without rows.
 
         Args:

@@ -86,9 +86,7 @@ class CorrectedCostModel:
         """Return the corrected time."""
         return self._factors["gpu_attention"] * self.inner.gpu_attention_s(num_seqs, total_tokens)
 
-    def cpu_attention_s(
-        self, num_rows: int, total_tokens: int, *, rotating: bool = False
-    ) -> float:
+    def cpu_attention_s(self, num_rows: int, total_tokens: int, *, rotating: bool = False) -> float:
         """Return the corrected time."""
         factor = self._factors["rotating_attention" if rotating else "cpu_attention"]
         return factor * self.inner.cpu_attention_s(num_rows, total_tokens, rotating=rotating)

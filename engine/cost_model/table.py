@@ -152,9 +152,7 @@ class TableCostModel:
             return 0.0
         return self.tables.gpu_attention(total_tokens) + num_seqs * self.tables.gpu_attention_row_s
 
-    def cpu_attention_s(
-        self, num_rows: int, total_tokens: int, *, rotating: bool = False
-    ) -> float:
+    def cpu_attention_s(self, num_rows: int, total_tokens: int, *, rotating: bool = False) -> float:
         """Look up tokens and add a little per row."""
         if num_rows == 0:
             return 0.0

@@ -2,10 +2,18 @@
 
 from collections.abc import Sequence
 
-from engine.cost_model import AnalyticCostModel, HardwareSpec, ModelSpec
+from engine.cost_model import (
+    AnalyticCostModel,
+    CorrectedCostModel,
+    HardwareSpec,
+    ModelSpec,
+    load_of,
+    predict,
+)
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
+from engine.step_plan import StepMeasurement, StepPlan
 from workloads.request import WorkloadRequest
 from workloads.simulation.simulator import OnStep, Simulation, Simulator
 
@@ -69,6 +77,36 @@ def make_request(name: str, num_prompt: int, max_tokens: int, **options: object)
     )
 
 
+class SlowAnswersModel(AnalyticCostModel):
+    """A machine on which each attention that the device waits for takes half as long again."""
+
+    def cpu_attention_s(self, num_rows: int, total_tokens: int, *, rotating: bool = False) -> float:
+        """Return the time, longer unless the rows rotate."""
+        seconds = super().cpu_attention_s(num_rows, total_tokens, rotating=rotating)
+        return seconds if rotating else 1.5 * seconds
+
+
+class SurprisingSimulator(Simulator):
+    """Steps take what another model says than the one that the scheduler has; that one learns."""
+
+    def __init__(self, expected: AnalyticCostModel, real: AnalyticCostModel, *args, **options):
+        self.corrected = CorrectedCostModel(expected)
+        self.real = real
+        super().__init__(self.corrected, *args, **options)
+
+    def _count(self, plan: StepPlan, simulation: Simulation) -> float:
+        super()._count(plan, simulation)
+        loads = [load_of(self.real, sub_batch) for sub_batch in plan.sub_batches]
+        moved = sum(swap.request.num_computed_tokens for swap in plan.swaps_out + plan.swaps_in)
+        real = predict(self.real, loads, swap_tokens=moved)
+        attention_s = sum(real.cpu_attention_s) or None
+        assert plan.prediction is not None
+        self.corrected.observe(
+            plan.prediction, StepMeasurement(step_s=real.step_s, cpu_attention_s=attention_s)
+        )
+        return real.step_s
+
+
 def simulate(
     hardware: HardwareSpec,
     model: ModelSpec,
@@ -77,15 +115,18 @@ def simulate(
     device_tokens: int,
     host_tokens: int,
     on_step: OnStep | None = None,
+    slow_answers: bool = False,
     **options: object,
 ) -> Simulation:
     """Serve requests that all arrive at once; lengths are (prompt, output)."""
-    simulator = Simulator(
-        AnalyticCostModel(hardware, model),
-        SchedulerConfig(**options),
-        device_blocks=device_tokens // 16,
-        host_blocks=host_tokens // 16,
-    )
+    limits = SchedulerConfig(**options)
+    sizes = {"device_blocks": device_tokens // 16, "host_blocks": host_tokens // 16}
+    expected = AnalyticCostModel(hardware, model)
+    if slow_answers:
+        real = SlowAnswersModel(hardware, model)
+        simulator: Simulator = SurprisingSimulator(expected, real, limits, **sizes)
+    else:
+        simulator = Simulator(expected, limits, **sizes)
     requests = [
         WorkloadRequest(num_prompt_tokens=prompt, num_output_tokens=output)
         for prompt, output in lengths

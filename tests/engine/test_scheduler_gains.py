@@ -5,6 +5,7 @@ Bounds are loose: they say that the scheduler sees where offloading pays, not ho
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -111,6 +112,27 @@ def test_rotating_rows_pay_on_a_fast_gpu_whose_steps_are_launched_at_once() -> N
     assert ratio > 1.05
     assert auto.modes[StepMode.OVERLAP] > auto.modes[StepMode.ASYMMETRIC]
     assert auto.shares.cpu_busy > 0.35
+
+
+@pytest.mark.parametrize("slow_answers", [False, True])
+def test_the_host_is_not_used_in_one_way_now_and_in_another_then(slow_answers) -> None:
+    """Else rotations never fill, and a wrong prediction of one way spoils both."""
+    modes = []
+    options = {"device_tokens": 864, "host_tokens": 100_000, "max_num_batched_tokens": 832}
+    options["slow_answers"] = slow_answers
+    auto = simulate(
+        H200,
+        LLAMA2_7B,
+        summarize_like(200),
+        mode="auto",
+        on_step=lambda plan, now, simulator: modes.append(plan.mode),
+        **options,
+    )
+    host = [mode for mode in modes if mode is not StepMode.GPU_ONLY]
+    assert sum(a is not b for a, b in pairwise(host)) <= 20
+    for mode, least in (("overlap", 0.95), ("asymmetric", 1.0), ("gpu-only", 1.5)):
+        other = simulate(H200, LLAMA2_7B, summarize_like(200), mode=mode, **options)
+        assert auto.requests_per_s >= least * other.requests_per_s
 
 
 def test_a_rotating_token_takes_as_many_steps_as_there_are_layers_and_one() -> None:
