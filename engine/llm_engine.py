@@ -287,7 +287,11 @@ class LLMEngine:
         )
         for observe in self._step_observers:
             observe(plan, result, runner, None)
-        if plan.prediction is not None and not step.prompt_scores:  # no model of scoring's time
+        # There is no model of scoring's time, nor of a capture's, which also keeps us from seeing
+        # that the step before is done.
+        after = self._in_flight
+        is_usual = not (step.prompt_scores or step.captured or (after and after.captured))
+        if plan.prediction is not None and is_usual:
             self._cost_model.observe(plan.prediction, result.measurement)
 
     def _fail_step(self, plan: StepPlan, message: str) -> None:

@@ -125,6 +125,7 @@ class ModelRunner:
         self._swap(plan)
         is_graph = self._graphs is not None and self._graphs.fits(plan)
         uses_host = any(sub_batch.cdec for sub_batch in plan.sub_batches)
+        num_captured = self._num_captured
         scores: list[PromptScores] = []
         try:
             if is_graph:
@@ -148,8 +149,13 @@ class ModelRunner:
             uses_host=uses_host,
             rotation=self._backend.num_rotations if plan.rotating else None,
             is_graph=is_graph,
+            captured=self._num_captured > num_captured,
             prompt_scores=scores,
         )
+
+    @property
+    def _num_captured(self) -> int:
+        return 0 if self._graphs is None else self._graphs.num_captured
 
     def move(self, plan: StepPlan) -> None:
         """Do what a step that computes nothing leaves to do: its swaps."""
@@ -197,6 +203,7 @@ class ModelRunner:
             launch_s=step.launch_s,
             device_s=step.end.seconds_since(step.begin),
             is_graph=step.is_graph,
+            captured=step.captured,
             host=host,
         )
 
@@ -340,7 +347,7 @@ class ModelRunner:
         sample(logits[:1].expand(limits.max_num_seqs, -1).clone(), requests)
         graphs = self._make_graphs(config, builder, pool, max_model_len)
         if graphs is not None:
-            graphs.capture_largest()
+            graphs.capture_hungriest()
         torch.cuda.synchronize(self.device)
 
 

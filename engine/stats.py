@@ -21,6 +21,7 @@ class EngineStats:
     num_steps: int = 0
     num_failed_steps: int = 0
     graph_steps: int = 0
+    graph_captures: int = 0
     steps_by_mode: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     prefill_tokens: int = 0
@@ -60,6 +61,7 @@ class EngineStats:
         self.step_time_s += result.step_s
         self.device_busy_time_s += result.device_busy_s
         self.graph_steps += result.is_graph
+        self.graph_captures += result.captured
         if result.host is not None:
             self.cpu_attention_time_s += sum(result.host.attention_s)
         if plan.prediction is not None:

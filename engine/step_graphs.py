@@ -1,9 +1,8 @@
 """Steps as CUDA graphs: one launch instead of hundreds, captured from the eager code.
 
-A graph is made for a shape: numbers of tokens, of decodes and prefill chunks, a width of block
-tables, a number of attention splits. A step takes the smallest shape that holds it. Every step's
-metadata goes to static buffers by one copy from pinned memory. Graphs are captured when they are
-first needed and share one pool of memory, because they never run at once.
+A graph is made for a shape (see `engine.graph_shapes`), which may have more room than a step needs.
+A step's metadata goes to static buffers by one copy from pinned memory. Graphs are captured when
+they are first needed and share one pool of memory, because they never run at once.
 
 On a device without graphs the same buffers feed the eager code, which is for tests.
 """
@@ -19,9 +18,9 @@ from engine.backends import Backend
 from engine.batch import HostWork, RotatingRows
 from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
-from engine.graph_limits import MAX_GRAPH_TOKENS, MAX_STAGED_TOKENS
+from engine.graph_shapes import GraphShape, GraphShapes
 from engine.kv_blocks import BlockPool
-from engine.lane_fields import LaneFiller, LaneShape, PagedShape, batch_of
+from engine.lane_fields import LaneFiller, batch_of
 from engine.models import DecoderModel
 from engine.rotation import Rotation, RotationPlaces
 from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
@@ -55,19 +54,6 @@ class _HostArrays:
     rotating: list[Ints]
     lanes: list[dict[str, Ints]]
     num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class GraphShape:
-    """What a graph is captured for.
-
-    Args:
-        lanes: Its sub-batches.
-        num_visitors: Rotating rows that every layer has room for.
-    """
-
-    lanes: tuple[LaneShape, ...]
-    num_visitors: int = 0
 
 
 class StepGraphs:
@@ -106,20 +92,15 @@ class StepGraphs:
         self._rotation = rotation
         self._filler = LaneFiller(builder)
         self._max_num_seqs = max_num_seqs
-        self._decodes = row_ladder(max_num_seqs)
-        self._few_rows = _steps([8, 16, 24, 32, 48, 64, 96, 128, 192], max_num_seqs)
-        self._visitors = _steps([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128], max_num_seqs)
-        self._mixed_decodes = _steps([32, 64, 128], max_num_seqs)
-        self._prefills = _steps([4, 16, 64], max_num_seqs)
-        self._tokens = token_ladder(min(max_num_tokens, MAX_GRAPH_TOKENS), max_num_seqs)
-        self._max_width = pool.blocks_for(max_model_len)
-        self._staging_blocks = pool.blocks_for(MAX_STAGED_TOKENS)
-        prefixes = [n for n in (16, 64) if n < self._staging_blocks]
-        self._prefixes = [0, *prefixes, self._staging_blocks]
-        self._staging_width = min(self._staging_blocks, self._max_width)
-        # Two lanes of device-resident rows take more room than anything else.
-        largest = self._largest(self._tokens[-1])
-        num_bytes = self._num_bytes(GraphShape((largest, largest), self._visitors[-1]))
+        self._shapes = GraphShapes(
+            backend,
+            builder,
+            pool,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            max_model_len=max_model_len,
+        )
+        num_bytes = self._num_bytes(self._shapes.largest)
         device = backend.device
         self._static = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._uploads = [
@@ -130,7 +111,8 @@ class StepGraphs:
         self._num_launched = 0
         embedding = model.weights.embedding
         self._logits = embedding.new_empty(max_num_seqs, model.weights.lm_head.shape[0])
-        self._graphs: OrderedDict[GraphShape, torch.cuda.CUDAGraph] = OrderedDict()
+        self._graphs: OrderedDict[GraphShape, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self.num_captured = 0
         self._uses_graphs = device.type == "cuda"
         if self._uses_graphs:
             self._memory = torch.cuda.graph_pool_handle()
@@ -138,16 +120,7 @@ class StepGraphs:
 
     def fits(self, plan: StepPlan) -> bool:
         """Return whether a step is one that graphs are made for."""
-        return all(self._fits(lane) for lane in _lanes(plan))
-
-    def _fits(self, lane: SubBatch) -> bool:
-        prefills = lane.gprf + lane.cprf
-        if any(item.num_scored for item in prefills):
-            return False
-        if sum(self._pool.blocks_for(item.end) for item in lane.cprf) > self._staging_blocks:
-            return False
-        num_tokens = len(lane.gdec) + sum(item.num_tokens for item in prefills)
-        return not prefills or num_tokens <= self._tokens[-1]
+        return all(self._shapes.fits(lane) for lane in _lanes(plan))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -159,12 +132,13 @@ class StepGraphs:
         Returns:
             New tokens in batch order; they are also in the feedback.
         """
-        lanes = _lanes(plan)
-        shape = self._shape(lanes)
+        lanes, rotation = _lanes(plan), self._rotation
+        most_visiting = rotation.most_at_once(plan.rotating) if rotation is not None else 0
+        shape = self._shapes.choose(lanes, most_visiting, self._graphs)
         places = None
         if plan.rotating:
-            assert self._rotation is not None, "rotating rows need a rotation"
-            places = self._rotation.advance(plan.rotating, shape.num_visitors)
+            assert rotation is not None, "rotating rows need a rotation"
+            places = rotation.advance(plan.rotating, shape.num_visitors)
         self._upload(shape, lanes, places)
         self._backend.begin_host(
             HostWork(
@@ -172,10 +146,11 @@ class StepGraphs:
                 None if places is None else self._builder.rotating_lanes(places),
             )
         )
-        if self._uses_graphs:
-            self._graph(shape).replay()
-        else:
+        graph = self._graph(shape)
+        if graph is None:
             self._compute(shape)
+        else:
+            graph.replay()
         requests = [item.request for item in plan.sampling]
         if all(is_plainly_greedy(request) for request in requests):
             return PendingTokens(self._feedback.token_ids[: len(requests)])
@@ -183,72 +158,10 @@ class StepGraphs:
         self._feedback.keep(tokens.token_ids)
         return tokens
 
-    def capture_largest(self) -> None:
+    def capture_hungriest(self) -> None:
         """Capture the graphs that take the most memory."""
-        most = self._decodes[-1]
-        decodes = LaneShape(device=PagedShape(most, most, 0, self._max_width))
-        for lane in (decodes, self._largest(0)):
-            self._graph(GraphShape((lane,)))
-
-    def _largest(self, num_host_tokens: int) -> LaneShape:
-        """Return the largest lane, with so many tokens that go to the host."""
-        most, num_prefills = self._tokens[-1], self._prefills[-1]
-        host = PagedShape(num_host_tokens, 0, num_prefills, self._staging_width)
-        return LaneShape(
-            device=PagedShape(most, self._mixed_decodes[-1], num_prefills, self._max_width),
-            host_prefills=host,
-            num_prefix=self._staging_blocks if num_host_tokens else 0,
-            num_written=self._staging_blocks if num_host_tokens else 0,
-            num_host_decodes=self._few_rows[-1] if num_host_tokens else 0,
-        )
-
-    def _shape(self, lanes: Sequence[SubBatch]) -> GraphShape:
-        num_visitors = 0
-        if lanes[0].rotating:
-            assert self._rotation is not None, "rotating rows need a rotation"
-            most = self._rotation.most_at_once(lanes[0].rotating)
-            num_visitors = _at_least(self._visitors, most)
-        alone = len(lanes) == 1
-        shapes = tuple(self._lane_shape(lane, num_visitors, alone=alone) for lane in lanes)
-        return GraphShape(shapes, num_visitors)
-
-    def _lane_shape(self, lane: SubBatch, num_entering: int, *, alone: bool) -> LaneShape:
-        gdec, gprf, cprf, cdec = lane.gdec, lane.gprf, lane.cprf, lane.cdec
-        ladder = self._decodes if alone and not (cprf or cdec or num_entering) else self._few_rows
-        if gprf:
-            num_decodes = _at_least(self._mixed_decodes, len(gdec))
-            wanted = len(gdec) + sum(item.num_tokens for item in gprf)
-            num_tokens = _at_least(self._tokens, max(wanted, num_decodes))
-        else:
-            num_decodes = num_tokens = _at_least(ladder, len(gdec)) if gdec else 0
-        longest = max((item.end for item in gdec), default=1)
-        device = PagedShape(
-            num_tokens,
-            num_decodes,
-            _at_least(self._prefills, len(gprf)) if gprf else 0,
-            self._filler.width(gdec + gprf, self._max_width),
-            self._backend.num_decode_splits(num_decodes, longest),
-        )
-        host, num_prefix, num_written = PagedShape(), 0, 0
-        if cprf:
-            num_tokens = _at_least(self._tokens, sum(item.num_tokens for item in cprf))
-            num_prefills = _at_least(self._prefills, len(cprf))
-            host = PagedShape(
-                num_tokens, 0, num_prefills, self._filler.width(cprf, self._max_width)
-            )
-            if self._builder.uses_staging:
-                prefix = sum(self._pool.blocks_for(item.start) for item in cprf)
-                num_prefix = _at_least(self._prefixes, prefix)
-                # A chunk may begin and end within a block.
-                num_written = self._pool.blocks_for(num_tokens) + 2 * num_prefills
-        return LaneShape(
-            device=device,
-            host_prefills=host,
-            num_prefix=num_prefix,
-            num_written=num_written,
-            num_host_decodes=_at_least(self._few_rows, len(cdec)) if cdec else 0,
-            num_entering=num_entering,
-        )
+        for shape in self._shapes.hungriest:
+            self._graph(shape)
 
     def _num_sampled(self, shape: GraphShape) -> int:
         """Return the room for rows that sample; 0 if all rows do, in order."""
@@ -315,21 +228,23 @@ class StepGraphs:
             )
         return found
 
-    def _graph(self, shape: GraphShape) -> torch.cuda.CUDAGraph:
-        graph = self._graphs.get(shape)
-        if graph is None:
+    def _graph(self, shape: GraphShape) -> torch.cuda.CUDAGraph | None:
+        """Return a shape's graph; None on a device without graphs."""
+        if shape not in self._graphs:
             if len(self._graphs) >= MAX_GRAPHS:
-                torch.cuda.current_stream(self._backend.device).synchronize()
+                if self._uses_graphs:
+                    torch.cuda.current_stream(self._backend.device).synchronize()
                 self._graphs.popitem(last=False)
-            graph = self._graphs[shape] = self._capture(shape)
+            self._graphs[shape] = self._capture(shape) if self._uses_graphs else None
+            self.num_captured += self._uses_graphs
         self._graphs.move_to_end(shape)
-        return graph
+        return self._graphs[shape]
 
     @torch.inference_mode()
     def _capture(self, shape: GraphShape) -> torch.cuda.CUDAGraph:
         for number, lane in enumerate(shape.lanes):
             if lane.num_written:
-                self._backend.reserve_staging(number, self._staging_blocks)
+                self._backend.reserve_staging(number, self._shapes.num_staging_blocks)
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._backend.device)
         self._stream.wait_stream(current)
@@ -353,7 +268,7 @@ class StepGraphs:
                 arrays,
                 block_size=size,
                 filled=filled,
-                num_staging_blocks=self._staging_blocks,
+                num_staging_blocks=self._shapes.num_staging_blocks,
                 rotating=rotating,
             )
             for lane, arrays in zip(shape.lanes, views.lanes, strict=True)
@@ -384,30 +299,6 @@ class StepGraphs:
             residuals=self._rotation.residuals,
             answers=answers,
         )
-
-
-def row_ladder(most: int) -> list[int]:
-    """Return the numbers of rows that graphs of decodes are made for."""
-    return _steps([1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 1, 64)], most)
-
-
-def token_ladder(most: int, least_most: int) -> list[int]:
-    """Return the numbers of tokens that graphs of mixed steps are made for.
-
-    Args:
-        most: The longest step.
-        least_most: The ladder goes at least so far.
-    """
-    most = max(most, least_most)
-    return _steps(range(64, most + 1, 64), most)
-
-
-def _steps(steps: Sequence[int], most: int) -> list[int]:
-    return sorted({min(step, most) for step in [*steps, most]})
-
-
-def _at_least(ladder: Sequence[int], number: int) -> int:
-    return next(step for step in ladder if step >= number)
 
 
 def _size(array: _Array) -> int:

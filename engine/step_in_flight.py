@@ -23,6 +23,7 @@ class StepInFlight:
         uses_host: Whether the CPU attends to some of its rows while it runs.
         rotation: The backend's number of the rotation, if it has rotating rows.
         is_graph: Whether it was launched as a graph.
+        captured: Whether that graph was captured for it, while the device had nothing to do.
         prompt_scores: Log-probabilities of prompt tokens, of requests that want them.
     """
 
@@ -34,6 +35,7 @@ class StepInFlight:
     end: DeviceMark
     uses_host: bool
     is_graph: bool
+    captured: bool = False
     rotation: int | None = None
     prompt_scores: Sequence[PromptScores] = ()
 
@@ -58,6 +60,7 @@ class StepResult:
             hidden behind that.
         device_s: From the step's first work on the device to its last, waits for the CPU included.
         is_graph: Whether it was launched as a graph.
+        captured: Whether that graph was captured for it.
         host: What the CPU did; None if it had nothing to do. In overlap mode, what it did for the
             rotating rows of the overlap step before.
     """
@@ -67,6 +70,7 @@ class StepResult:
     launch_s: float
     device_s: float
     is_graph: bool
+    captured: bool
     host: HostStepTimes | None
 
     @property

@@ -128,8 +128,8 @@ class StepPrediction:
     sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides. `prompt_copy_s` is the
     copying of `cprf` rows' K and V and `launch_s` the host's launching, which both run beside the
     layers; `fixed_s` is what a step costs beside its layers; `rotates` says that the CPU attends to
-    rotating rows. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill tokens counted at what they cost (see
-    `engine.scheduling.step_former`).
+    rotating rows. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill tokens
+    counted at what they cost (see `engine.scheduling.step_former`).
     """
 
     step_s: float

@@ -23,6 +23,7 @@ def stats_dict(engine: LLMEngine) -> dict[str, float | int | str]:
         "output_tokens_per_s": round(_rate(stats.generated_tokens, stats.step_time_s), 2),
         "device_busy_share": round(_rate(stats.device_busy_time_s, stats.step_time_s), 3),
         "graph_steps": stats.graph_steps,
+        "graph_captures": stats.graph_captures,
         "num_preemptions": stats.num_preemptions,
         "kv_blocks": runner.pool.num_blocks,
         "kv_blocks_peak": stats.peak_used_blocks,

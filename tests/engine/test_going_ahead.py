@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.graph_shapes import row_ladder, token_ladder
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
-from engine.step_graphs import row_ladder, token_ladder
 from tests.engine.played_gpu import use_channels, use_static_buffers
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES, GPU_MARKS

@@ -1,0 +1,119 @@
+"""Which graphs steps take: every step fits its own, and few are captured."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.graph_shapes import CAPTURE_ROWS, GraphShape, GraphShapes
+from engine.kv_blocks import BlockPool
+from engine.lane_fields import LaneShape, PagedShape
+from engine.step_plan import RotatingRow, ScheduledRequest, SubBatch
+from gpu_kernels.tiles import decode_num_splits
+from tests.engine.step_simulation import make_request
+
+NUM_LAYERS = 8
+CHUNKS = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), max_size=5)
+DECODES = st.lists(st.integers(1, 900), max_size=60)
+
+
+def shapes(*, max_num_seqs: int = 64, block_size: int = 16) -> GraphShapes:
+    backend = SimpleNamespace(
+        num_decode_splits=lambda num_seqs, longest: decode_num_splits(num_seqs, 8, longest, 132)
+    )
+    builder = SimpleNamespace(uses_staging=True, block_size=block_size)
+    sizes = {"max_num_seqs": max_num_seqs, "max_num_tokens": 1024, "max_model_len": 1000}
+    return GraphShapes(backend, builder, BlockPool(100, block_size), **sizes)
+
+
+def share(start: int, num_tokens: int) -> ScheduledRequest:
+    return ScheduledRequest(make_request("r", start + num_tokens, 4), start, num_tokens)
+
+
+def lane(*, gdec=(), gprf=(), cprf=(), cdec=(), rotating=0) -> SubBatch:
+    return SubBatch(
+        gdec=[share(length - 1, 1) for length in gdec],
+        gprf=[share(*chunk) for chunk in gprf],
+        cprf=[share(*chunk) for chunk in cprf],
+        cdec=[share(length - 1, 1) for length in cdec],
+        rotating=[RotatingRow(share(9, 1), None, samples=False) for _ in range(rotating)],
+    )
+
+
+@settings(deadline=None)
+@given(
+    first=st.builds(lane, gdec=DECODES, gprf=CHUNKS, cprf=CHUNKS, cdec=DECODES),
+    second=st.builds(lane, cdec=DECODES),
+    num_visitors=st.integers(0, 20),
+    block_size=st.sampled_from([8, 16, 64]),
+)
+def test_shapes_have_room_for_their_steps(first, second, num_visitors, block_size) -> None:
+    chooser = shapes(block_size=block_size)
+    lanes = [item for item in (first, second) if not item.is_empty]
+    if not lanes or not all(map(chooser.fits, lanes)):
+        return
+    exact = chooser.exact(lanes, num_visitors)
+    roomy = chooser.roomy(exact)
+    assert exact.holds(exact)
+    assert roomy.holds(exact)
+    assert roomy.num_rows <= 2 * exact.num_rows
+    assert exact.num_visitors >= num_visitors
+    largest = chooser.largest
+    for room, step in zip(exact.lanes, lanes, strict=True):
+        assert room.device.num_tokens >= sum(i.num_tokens for i in step.gdec + step.gprf)
+        assert room.device.num_decodes >= len(step.gdec)
+        assert room.host_prefills.num_tokens >= sum(i.num_tokens for i in step.cprf)
+        assert room.num_host_decodes >= len(step.cdec)
+        assert room.device.num_prefills >= len(step.gprf)
+        assert all(room.device.width * block_size >= item.end for item in step.gdec + step.gprf)
+    for room, most in zip(roomy.lanes, largest.lanes, strict=False):
+        for name, (size, _) in room.arrays().items():
+            assert size <= most.arrays()[name][0], name
+
+
+def test_only_room_may_differ() -> None:
+    chooser = shapes()
+    plain = chooser.exact([lane(gdec=[50] * 9)], 0)
+    assert not chooser.exact([lane(gdec=[50] * 9, cdec=[50])], 0).holds(plain)
+    assert not chooser.exact([lane(gdec=[50] * 9, gprf=[(0, 60)])], 0).holds(plain)
+    assert not chooser.exact([lane(gdec=[50] * 9, cprf=[(0, 60)])], 0).holds(plain)
+    assert not chooser.exact([lane(gdec=[50] * 9)], 2).holds(plain)
+    assert not chooser.exact([lane(gdec=[50] * 9), lane(cdec=[50])], 0).holds(plain)
+    fewer = GraphShape((LaneShape(device=PagedShape(16, 16, 0, 64, 1)),))
+    splits = GraphShape((LaneShape(device=PagedShape(16, 16, 0, 64, 2)),))
+    assert splits.holds(fewer)
+    assert not fewer.holds(splits)
+
+
+def test_a_roomy_graph_serves_until_another_has_paid_for_itself() -> None:
+    chooser, known = shapes(), set()
+
+    def choose(num_tokens: int) -> GraphShape:
+        shape = chooser.choose([lane(gdec=[50], gprf=[(0, num_tokens)])], 0, known)
+        known.add(shape)
+        return shape
+
+    first = choose(290)
+    assert first.num_rows == 512
+    assert choose(500) == first
+    own, uses = choose(100), 1
+    while own == first:
+        own, uses = choose(100), uses + 1
+    assert own.num_rows == 128
+    assert uses == CAPTURE_ROWS // (512 - 128 + 1) + 1
+    assert choose(100) == own
+    assert choose(200) == first
+    assert len(known) == 2
+
+
+def test_steps_that_only_decode_have_graphs_of_their_own() -> None:
+    chooser, known = shapes(), set()
+    for num_rows in (24, 20, 9, 1):
+        known.add(chooser.choose([lane(gdec=[50] * num_rows)], 0, known))
+    assert sorted(shape.num_rows for shape in known) == [1, 16, 24]
+
+
+@pytest.mark.parametrize("lengths", [[(0, 2000)], [(4000, 100)]])
+def test_what_is_too_long_has_no_shape(lengths) -> None:
+    assert not shapes().fits(lane(cprf=lengths))
