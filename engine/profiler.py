@@ -31,6 +31,8 @@ HEAD_START_S = 0.0008
 """For which the device is kept busy before a point, for each layer: more than launching takes."""
 _GPU_CLOCK_HZ = 2e9
 """Roughly; no GPU is so much faster that its head start would be too short."""
+_USUAL_TOKENS = 512
+"""Of a request, where there are few tokens in all; with more tokens, requests are longer."""
 MAX_POINT_S = 2.0
 """A table grows no further once one run of a point takes this long; beyond, lines go on."""
 
@@ -151,16 +153,34 @@ class Profiler:
         return _rising(points)
 
     def _decode_attention(self, kind: str) -> tuple[Table, float]:
-        """Time decode attention by tokens, and what a further request adds."""
+        """Time decode attention by tokens, and what a further request adds.
+
+        What a request adds is seen where the same tokens belong to many and to few. (A request of
+        one token costs far more than it adds: it waits for memory, and nothing hides that.)
+        """
         pool = self._device_size if kind == "gdec" else self._host_size
         assert pool is not None, "decode attention is measured where there is a pool"
-        num_seqs = max(1, min(32, self._max_seqs, pool.num_blocks))
-        one = self._decode_point(kind, 1, 1)
-        row_s = max(0.0, (self._decode_point(kind, num_seqs, 1) - one) / max(1, num_seqs - 1))
-        points = [(1.0, max(0.0, one - row_s))]
-        blocks_each = pool.num_blocks // num_seqs
-        longest = min(self._max_len - 1, blocks_each * pool.block_size)
-        for length in _powers(pool.block_size, longest, start=(pool.block_size,)):
+        most_seqs = max(1, min(32, self._max_seqs, pool.num_blocks))
+        longest, capacity = self._max_len - 1, pool.capacity_tokens
+        short, usual = min(longest, pool.block_size), min(longest, capacity, _USUAL_TOKENS)
+
+        def requests_of(tokens: int) -> tuple[int, int]:
+            """Return the number and length of usual requests with so many tokens together."""
+            num_seqs = min(most_seqs, -(-tokens // usual))
+            length = tokens // num_seqs
+            return num_seqs, length - length % short  # whole blocks, of which there are enough
+
+        row_s = 0.0
+        few, length = requests_of(most_seqs * short)
+        if 2 * few <= most_seqs:
+            few_s = self._decode_point(kind, few, length) * most_seqs * short / (few * length)
+            many_s = self._decode_point(kind, most_seqs, short)
+            row_s = max(0.0, many_s - few_s) / (most_seqs - few)
+        points = [(1.0, max(0.0, self._decode_point(kind, 1, 1) - row_s))]
+        for tokens in _powers(short, min(capacity, most_seqs * longest), start=(short,)):
+            num_seqs, length = requests_of(tokens)
+            if num_seqs * length <= points[-1][0]:
+                continue
             seconds = self._decode_point(kind, num_seqs, length)
             points.append((num_seqs * length, max(0.0, seconds - num_seqs * row_s)))
             if seconds * self._num_layers > MAX_POINT_S:

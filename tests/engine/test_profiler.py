@@ -1,0 +1,55 @@
+"""What the profiler makes of its points; the points themselves come from real engines elsewhere."""
+
+import pytest
+
+from engine.kv_blocks import BlockPool
+from engine.profiler import Profiler
+
+TOKEN_S, ROW_S = 1e-6, 2e-6
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "block_size", "max_model_len", "max_num_seqs"),
+    [
+        (3072, 16, 832, 256),
+        (54, 16, 832, 256),
+        (32, 16, 21, 32),
+        (7, 8, 100, 3),
+        (1000, 64, 70, 256),
+        (5, 16, 40, 8),
+        (2, 16, 2, 2),
+        (1, 16, 16, 4),
+    ],
+)
+def test_decode_attention_is_told_apart_by_tokens_and_rows(
+    num_blocks: int, block_size: int, max_model_len: int, max_num_seqs: int, monkeypatch
+) -> None:
+    pool, seen = BlockPool(num_blocks, block_size), []
+
+    def point(self: Profiler, kind: str, num_seqs: int, length: int) -> float:
+        assert 1 <= length < max_model_len
+        assert num_seqs * pool.blocks_for(length) <= num_blocks
+        assert num_seqs <= max_num_seqs
+        seen.append((num_seqs, length))
+        return num_seqs * (length * TOKEN_S + ROW_S)
+
+    monkeypatch.setattr(Profiler, "_decode_point", point)
+    profiler = Profiler(
+        _Model(),
+        None,
+        pool,
+        pool,
+        max_num_batched_tokens=max_num_seqs,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    table, row_s = profiler._decode_attention("cdec")
+    assert row_s == pytest.approx(ROW_S) or row_s == 0.0
+    for num_seqs, length in seen:
+        predicted = table(num_seqs * length) + num_seqs * row_s
+        assert predicted == pytest.approx(point(profiler, "cdec", num_seqs, length), rel=0.15)
+
+
+class _Model:
+    class config:  # noqa: N801
+        num_layers = 1
