@@ -45,7 +45,7 @@ def test_decode_attention_is_told_apart_by_tokens_and_rows(
     )
     table, row_s = profiler._decode_attention("cdec")
     assert row_s == pytest.approx(ROW_S) or row_s == 0.0
-    for num_seqs, length in seen:
+    for num_seqs, length in list(seen):
         predicted = table(num_seqs * length) + num_seqs * row_s
         assert predicted == pytest.approx(point(profiler, "cdec", num_seqs, length), rel=0.15)
 
