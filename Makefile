@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 TEST_ARGS ?=
+# Processes that `make test` runs tests in, a file in one of them; 0 is this one, for debuggers.
+TEST_WORKERS ?= 2
 # A folder that `neo build-kernels --export-ispc-objects` wrote, for machines without ISPC.
 ISPC_OBJECTS ?=
 RESULTS ?= $(or $(OUT),workloads/results)
@@ -80,7 +82,7 @@ check: $(STAMP)  ## Lint, format check, types, dependency directions
 	@echo "checks passed"
 
 test: check build  ## Run all checks and tests that need no GPU
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-gpu:  ## Run every test that needs a GPU; fails if one was skipped
 	@$(GPU_BUILD)
@@ -127,6 +129,10 @@ figures: $(STAMP)  ## Draw the figures of the README again
 	@$(BIN)/neo plot timeline $(FIGURE_DATA)/steps/*.steps.jsonl --first-step 20 --num-steps 12 \
 	    --out $(FIGURES)/timeline.svg
 	@$(BIN)/neo plot kv $(FIGURE_DATA)/steps/*.steps.jsonl --out $(FIGURES)/kv.svg
+	@for mode in gpu-only asymmetric overlap; do \
+	  $(BIN)/neo plot timeline workloads/results/h200-steps-$$mode.jsonl --title "$$mode, one H200" \
+	      --out $(FIGURES)/timeline-$$mode.svg || exit 1; \
+	done
 
 clean:  ## Remove .venv and what the tools left behind; the cache folder stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -55,7 +55,7 @@ class HardwareSpec:
     prefill_attention_efficiency: float = 0.5
     cpu_attention_efficiency: float = 0.88
     layer_overhead_s: float = 14e-6
-    handover_s: float = 29e-6
+    handover_s: float = 20e-6
     launch_s: float = 4.4e-4
     handover_launch_s: float = 1.5e-4
     step_overhead_s: float = 5e-4

@@ -112,7 +112,7 @@ def step(start: float, **fields) -> dict:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    both = {"step_s": 0.5, "device_s": 0.45, "attention_s": [0.1, 0.2]}
+    both = {"step_s": 0.5, "device_s": 0.45, "attention_s": [0.1, 0.2], "device_waiting_s": 0.15}
     steps = [
         step(10.0, sub_batches=[{"gprf": 9, "cprf": 0}]),
         step(10.5, mode="asymmetric", measured=both, device_blocks=5, host_blocks=7),
@@ -138,14 +138,16 @@ def test_timeline_draws_what_each_side_does_when(log: Path) -> None:
     figure = timeline(read_steps(log), 0, 10)
     found = spans(figure)
     assert np.allclose(found["gpu_only, with prompts"], [(0, 400)])
-    assert np.allclose(found["asymmetric"], [(500, 950)])
+    assert np.allclose(found["asymmetric"], [(500, 800)])
+    assert np.allclose(found["GPU waits for the CPU"], [(800, 950)])
     assert np.allclose(found["CPU attention"], [(500, 800)])
     assert np.allclose(found["gpu_only"], [(1500, 1900)])
     assert marks(figure) == []
 
 
 def test_timeline_shows_a_window(log: Path) -> None:
-    assert set(spans(timeline(read_steps(log), 1, 1))) == {"asymmetric", "CPU attention"}
+    window = set(spans(timeline(read_steps(log), 1, 1)))
+    assert window == {"asymmetric", "GPU waits for the CPU", "CPU attention"}
     with pytest.raises(ConfigError, match="3 steps"):
         timeline(read_steps(log), 3, 1)
 

@@ -16,19 +16,25 @@ _NEEDED = ("label", "request_rate", "request_throughput")
 class StepRecord:
     """One line of a step log, as far as figures need it; times in seconds.
 
-    `device_s` is the device's share of the step, `cpu_s` the CPU's attention in it, `simulated`
-    says that both are predictions.
+    `device_s` is the device's share of the step, `waiting_s` what of that it waits for the host,
+    `cpu_s` the CPU's attention in it; `simulated` says that they are predictions.
     """
 
     start_s: float
     step_s: float
     device_s: float
+    waiting_s: float
     cpu_s: float
     mode: str
     has_prefill: bool
     device_blocks: int
     host_blocks: int
     simulated: bool
+
+    @property
+    def busy_s(self) -> float:
+        """The device's time without its waiting for the host."""
+        return self.device_s - self.waiting_s
 
 
 def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -85,14 +91,17 @@ def _step(line: dict[str, Any]) -> StepRecord | None:
     if measured is not None:
         step_s = float(measured["step_s"])
         device_s = float(measured.get("device_s", step_s))
+        waiting_s = float(measured.get("device_waiting_s", 0.0))
         cpu_s = sum(measured.get("attention_s") or ())
     else:
         step_s = device_s = float(predicted["step_s"])
+        waiting_s = float(predicted.get("exposed_cpu_s", 0.0))
         cpu_s = sum(predicted["cpu_attention_s"])
     return StepRecord(
         start_s=float(line["start_s"]),
         step_s=step_s,
         device_s=min(device_s, step_s),
+        waiting_s=min(waiting_s, device_s, step_s),
         cpu_s=cpu_s,
         mode=str(line["mode"]),
         has_prefill=any(s["gprf"] or s["cprf"] for s in line["sub_batches"]),

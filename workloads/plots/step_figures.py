@@ -12,12 +12,16 @@ from workloads.plots.style import color_of, mark_simulated, new_figure
 _LANES = {"CPU attention": 0, "GPU": 1}
 _HEIGHT = 0.7
 _CPU_COLOR = 4
+_WAITING_COLOR = "#c9c9c9"
 
 
 def timeline(
     steps: Sequence[StepRecord], first: int, count: int, title: str | None = None
 ) -> Figure:
     """Draw lanes of GPU and CPU over time, a bar a step.
+
+    What happened layer by layer is drawn as a whole: the CPU's attention from the start of its
+    step, the GPU's waiting for it at the end.
 
     Args:
         steps: Of one log.
@@ -38,7 +42,7 @@ def timeline(
     for index, mode in enumerate(modes):
         for has_prefill in (False, True):
             spans = [
-                ((step.start_s - origin) * 1e3, step.device_s * 1e3)
+                ((step.start_s - origin) * 1e3, step.busy_s * 1e3)
                 for step in shown
                 if step.mode == mode and step.has_prefill is has_prefill
             ]
@@ -56,6 +60,14 @@ def timeline(
             bars = axes.broken_barh(spans, (_LANES["GPU"] - _HEIGHT / 2, _HEIGHT), label=label)
             bars.set(facecolor=color_of(index), edgecolor="white", linewidth=0.4, hatch=hatch)
             patches.append(patch)
+    waiting = [
+        ((s.start_s - origin + s.busy_s) * 1e3, s.waiting_s * 1e3) for s in shown if s.waiting_s > 0
+    ]
+    if waiting:
+        label = "GPU waits for the CPU"
+        bottom = _LANES["GPU"] - _HEIGHT / 2
+        axes.broken_barh(waiting, (bottom, _HEIGHT), facecolor=_WAITING_COLOR, label=label)
+        patches.append(Patch(facecolor=_WAITING_COLOR, label=label))
     cpu = [((s.start_s - origin) * 1e3, s.cpu_s * 1e3) for s in shown if s.cpu_s > 0]
     color = color_of(_CPU_COLOR)
     axes.broken_barh(
