@@ -28,8 +28,8 @@ _CHANGE_GAIN = 1.1
 """What the other way of using the host must promise over the present one."""
 _WHOLE_QUEUE_GAIN = 0.15
 """What the gain must be higher if all requests there are went to the host, less in proportion, and
-were computed in one go: such a queue is too short for a steady state. Its prompts come first, which
-hide the host's work, then its decodes, which do not."""
+decodes alone would not pay there: such a queue is too short for a steady state. Its prompts come
+first, which hide the host's work, then its decodes, which do not."""
 _MEMORY = 0.05
 """Weight of the newest finished request in the mean output length."""
 
@@ -61,12 +61,14 @@ class MeanLoad:
 class OffloadTarget:
     """Best number of host-resident requests, and throughput with them over that without.
 
-    `rotates` says whether that takes overlap mode.
+    `rotates` says whether that takes overlap mode, `needs_prompts` that only prompts beside them
+    make those requests pay.
     """
 
     num_host: int
     gain: float
     rotates: bool = False
+    needs_prompts: bool = False
 
 
 class OffloadPolicy:
@@ -122,7 +124,7 @@ class OffloadPolicy:
         self._num_reused, self._last_load = 0, load
         self.target = self.best_target(load)
         margin = self._config.min_offload_gain - 1
-        if not self.target.rotates:
+        if self.target.needs_prompts:
             on_host = min(self.target.num_host, load.num_requests) / load.num_requests
             margin += _WHOLE_QUEUE_GAIN * on_host
         self.offloads = self.target.gain >= 1 + (margin / 2 if self.offloads else margin)
@@ -151,12 +153,13 @@ class OffloadPolicy:
         rotating = _highest(lambda n: self._rotating_rate(load, num_device, n), most)
         rotates = self._prefers_rotating(in_one_go[0], rotating[0])
         rate, num_host = rotating if rotates else in_one_go
+        needs_prompts = not rotates and not self._decodes_pay(load, num_device, num_host)
         if num_host == demand - num_device:
             # All of them, also those that the device holds fewer of than their mean length says.
             num_host = self._config.max_num_seqs
         if baseline == 0.0:
             return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
-        return OffloadTarget(num_host, rate / baseline, rotates)
+        return OffloadTarget(num_host, rate / baseline, rotates, needs_prompts)
 
     def _prefers_rotating(self, in_one_go: float, rotating: float) -> bool:
         """Return which way of using the host to take, by what each promises."""
@@ -171,20 +174,31 @@ class OffloadPolicy:
         num_decodes = num_device + num_host
         if num_decodes == 0:
             return 0.0
-        prefix = prefix_sums([load.resident_tokens] * num_host)
 
         def time(base: SubBatchLoad) -> float:
-            candidates = [one_load(base, prefix, num_host)]
-            if num_host:
-                deal = hidden_windows(self._model, base, prefix).deal(num_host)
-                candidates.append(dealt_loads(base, prefix, deal))
-            return min(predict(self._model, loads).step_s for loads in candidates)
+            return self._asymmetric_s(load, base, num_host)
 
         step_s = self._step_s(load, num_device, num_decodes, num_host / num_decodes, time)
         # The baseline has no choice: the limit rules out hosts' shares only.
         if num_host and step_s > self._config.tpot_limit_s:
             return 0.0
         return num_decodes / step_s
+
+    def _asymmetric_s(self, load: MeanLoad, base: SubBatchLoad, num_host: int) -> float:
+        """Return the time of a step in one or two sub-batches, whichever is shorter."""
+        prefix = prefix_sums([load.resident_tokens] * num_host)
+        candidates = [one_load(base, prefix, num_host)]
+        if num_host:
+            deal = hidden_windows(self._model, base, prefix).deal(num_host)
+            candidates.append(dealt_loads(base, prefix, deal))
+        return min(predict(self._model, loads).step_s for loads in candidates)
+
+    def _decodes_pay(self, load: MeanLoad, num_device: int, num_host: int) -> bool:
+        """Return whether steps without prompts decode more tokens a second with the host."""
+        plain = SubBatchLoad(num_gdec=num_device, gdec_tokens=num_device * load.resident_tokens)
+        without_s = self._asymmetric_s(load, plain, 0)
+        with_s = self._asymmetric_s(load, plain, num_host)
+        return (num_device + num_host) * without_s > num_device * with_s
 
     def _rotating_rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
         """Return the same as `_rate` where the requests on the host rotate.
