@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from dataclasses import dataclass
 
 from engine.llm_engine import LLMEngine
 from engine.sampling_params import SamplingParams
@@ -21,8 +22,21 @@ def run_to_end(engine: LLMEngine, requests: list[WorkloadRequest]) -> float:
     return time.perf_counter() - start
 
 
-def decode_step_ms(engine: LLMEngine, num_seqs: int, context_len: int, num_steps: int) -> float:
-    """Return the median wall time of a decode step, everything included.
+@dataclass(frozen=True, slots=True)
+class DecodeSteps:
+    """Steady decode steps.
+
+    Args:
+        median_ms: Wall time of a step, everything included.
+        idle_share: Of the time of all of them, what the GPU had nothing to do.
+    """
+
+    median_ms: float
+    idle_share: float
+
+
+def decode_steps(engine: LLMEngine, num_seqs: int, context_len: int, num_steps: int) -> DecodeSteps:
+    """Measure steps that only decode.
 
     Args:
         engine: Idle.
@@ -36,15 +50,21 @@ def decode_step_ms(engine: LLMEngine, num_seqs: int, context_len: int, num_steps
         prompt = (request.prompt_token_ids * 2)[:prompt_len]
         params = SamplingParams(temperature=0, max_tokens=num_steps + 8, ignore_eos=True)
         engine.add_request(str(number), prompt, params)
-    times = []
+    times, busy = [], []
     while engine.has_unfinished_requests():
-        prefilled = engine.stats.prefill_tokens
+        stats = engine.stats
+        prefilled, busy_s = stats.prefill_tokens, stats.device_busy_time_s
         start = time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - start
-        if engine.stats.prefill_tokens == prefilled and len(outputs) == num_seqs:
+        if stats.prefill_tokens == prefilled and len(outputs) == num_seqs:
             times.append(seconds)
-    return statistics.median(times[2 : num_steps + 2]) * 1e3
+            busy.append(stats.device_busy_time_s - busy_s)
+    steady = slice(2, num_steps + 2)
+    return DecodeSteps(
+        median_ms=statistics.median(times[steady]) * 1e3,
+        idle_share=max(0.0, 1 - sum(busy[steady]) / sum(times[steady])),
+    )
 
 
 def prefill_tokens_per_s(engine: LLMEngine, num_seqs: int, prompt_len: int, repeats: int) -> float:
