@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 TEST_ARGS ?=
+SOAK_ARGS ?=
 # Processes that `make test` runs tests in, a file in one of them; 0 is this one, for debuggers.
 TEST_WORKERS ?= 2
 # A folder that `neo build-kernels --export-ispc-objects` wrote, for machines without ISPC.
@@ -33,7 +34,7 @@ SANITIZERS := thread address,undefined
 SANITIZED := $(addprefix cpu_kernels/csrc/,service.cpp serving.cpp step.cpp thread_pool.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo format check test test-gpu sanitize bench bench-gpu bench-pipeline bench-paper figures clean
+.PHONY: help install build demo format check test test-gpu soak-gpu sanitize bench bench-gpu bench-pipeline bench-paper figures clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -87,6 +88,10 @@ test: check build  ## Run all checks and tests that need no GPU
 test-gpu:  ## Run every test that needs a GPU; fails if one was skipped
 	@$(GPU_BUILD)
 	@$(GPU_PYTHON) -m tests.run_gpu_tests $(TEST_ARGS)
+
+soak-gpu:  ## Serve random requests on a GPU for eight minutes, and check every token and block
+	@$(GPU_BUILD)
+	@$(GPU_PYTHON) -m tests.engine.soak --device cuda $(SOAK_ARGS)
 
 sanitize: $(SANITIZERS:%=build/sanitize-%)  ## Run the C++ tests of thread pool and service under sanitizers
 	@for kind in $(SANITIZERS); do \
