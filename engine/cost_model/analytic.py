@@ -35,7 +35,7 @@ class HardwareSpec:
         layer_overhead_s: Norms, rotary embedding and activation of one layer.
         handover_s: Device time of one hand-over, rotating and copying included.
         launch_s: The host's time to launch one layer of a sub-batch kernel by kernel, as steps are
-            that do more than decode on the device; 0: no matter.
+            that are too long for a graph (see `engine.graph_limits`); 0: no matter.
         handover_launch_s: What a hand-over adds to that.
         step_overhead_s: Scheduling, launching and sampling of one step.
         swap_latency_s: Of one copy that moves blocks.
