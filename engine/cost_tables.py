@@ -13,6 +13,7 @@ from engine.cost_model.table import CostModelKey, StepTables, Table, TableCostMo
 from engine.errors import CheckpointError, ConfigError
 from engine.machine import cpu_name
 from engine.paths import writable_cache_dir
+from engine.profiler import METHOD
 from engine.runner import ModelRunner
 
 
@@ -56,7 +57,8 @@ def load_or_profile(
         ConfigError: The cache folder cannot be written.
     """
     key = cost_model_key(runner)
-    digest = hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]
+    valid_for = json.dumps([METHOD, asdict(key)])
+    digest = hashlib.sha256(valid_for.encode()).hexdigest()[:16]
     path = writable_cache_dir() / "cost" / f"{digest}.json"
     if not force and path.exists():
         try:

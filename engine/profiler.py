@@ -26,6 +26,8 @@ from engine.sampler import launch_sampling
 from engine.sampling_params import SamplingParams
 from engine.step_plan import ScheduledRequest, SubBatch
 
+METHOD = 2
+"""Raised when points are measured in another way, so that tables kept before are not used."""
 REPEATS = 3
 HEAD_START_S = 0.0008
 """For which the device is kept busy before a point, for each layer: more than launching takes."""

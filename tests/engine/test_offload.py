@@ -136,7 +136,7 @@ def test_step_log_explains_every_step(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ispc
-def test_cost_tables_are_kept_and_read_again(folder: Path, tmp_path: Path) -> None:
+def test_cost_tables_are_kept_and_read_again(folder: Path, tmp_path: Path, monkeypatch) -> None:
     options = {"mode": "asymmetric", "host_kv_gb": 0.02, "device_kv_blocks": 40}
     with make_llm(folder, "cpu", **options) as llm:
         [path] = (tmp_path / "cost").glob("*.json")
@@ -145,6 +145,11 @@ def test_cost_tables_are_kept_and_read_again(folder: Path, tmp_path: Path) -> No
         tables = load_or_profile(llm.engine.runner, lines.append)
         assert tables.to_json() == first
         assert not lines
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.cost_tables.METHOD", 0)
+            load_or_profile(llm.engine.runner, lines.append)
+        assert lines, "tables of another method are not read"
+        lines.clear()
         path.write_text("{")
         again = load_or_profile(llm.engine.runner, lines.append)
         assert "profiling again" in lines[0]
