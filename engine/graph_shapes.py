@@ -36,8 +36,8 @@ class GraphShape:
 
     @property
     def num_rows(self) -> int:
-        """Rows that a layer computes."""
-        return sum(lane.num_rows for lane in self.lanes) + self.num_visitors
+        """Rows that the first layer computes, and those between with other visitors."""
+        return sum(lane.num_rows for lane in self.lanes)
 
     @property
     def recurs(self) -> bool:

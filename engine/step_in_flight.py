@@ -35,7 +35,7 @@ class StepInFlight:
     end: DeviceMark
     uses_host: bool
     is_graph: bool
-    captured: bool = False
+    captured: bool
     rotation: int | None = None
     prompt_scores: Sequence[PromptScores] = ()
 
