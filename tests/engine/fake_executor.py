@@ -74,7 +74,7 @@ class FakeExecutor:
         if plan.mode is StepMode.OVERLAP:
             assert not any(s.cdec for s in plan.sub_batches)
             assert len(plan.sub_batches) == 1
-            assert plan.rotating or self.limits.mode == "overlap"
+            assert plan.rotating or host_rows or self.limits.mode == "overlap"
         else:
             assert not plan.rotating
             assert (plan.mode is StepMode.ASYMMETRIC) == host_rows
@@ -96,8 +96,8 @@ class FakeExecutor:
         steps = rotation_steps(self.cost_model) if plan.rotating else 1
         if plan.prediction.step_s * steps > limit_s and (plan.num_decodes or plan.rotating):
             assert baseline.step_s > limit_s
-        # A rotation that is not full yet is chosen for what it will be.
-        if baseline.step_s <= limit_s and not plan.rotating:
+        # A rotation that only begins or is not full yet is chosen for what it will be.
+        if baseline.step_s <= limit_s and plan.mode is not StepMode.OVERLAP:
             assert plan.prediction.tokens_per_s >= baseline.tokens_per_s * (1 - 1e-9)
 
     def move(self, swap: Swap, source: Placement, target: Placement) -> None:
