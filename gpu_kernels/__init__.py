@@ -10,13 +10,16 @@ from gpu_kernels.merge_splits import paged_decode_workspace_size
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
 
 __all__ = [
     "add_rms_norm",
+    "depart_rows",
     "paged_decode_attention",
     "paged_decode_workspace_size",
     "paged_prefill_attention",
     "receive_rows",
+    "rejoin_rows",
     "rms_norm",
     "rope_store_kv",
     "send_rows",

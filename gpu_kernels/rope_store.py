@@ -32,6 +32,59 @@ def norm_scale(low, high, rest, eps, HEAD_DIM: tl.constexpr):
     return tl.div_rn(1.0, tl.sqrt_rn(square_sum / HEAD_DIM + eps))[:, None]
 
 
+@triton.jit
+def rotated_heads(
+    base_ptr,
+    heads,
+    head_mask,
+    table_ptr,
+    weight_ptr,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_HALF: tl.constexpr,
+    TILE_REST: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Returns a tile of heads of one token, normalised and rotated, in its own dtype.
+
+    Three parts: two rotated halves, [TILE_H, TILE_HALF], and what is not rotated of each head,
+    [TILE_H, TILE_REST]. `table_ptr` is where the token's cosines begin, sines behind them.
+    """
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    offs_half = tl.arange(0, TILE_HALF)
+    offs_rest = ROTARY_DIM + tl.arange(0, TILE_REST)
+    half_mask = offs_half < HALF
+    rest_mask = offs_rest < HEAD_DIM
+    low_ptrs = base_ptr + heads[:, None] * HEAD_DIM + offs_half[None, :]
+    rest_ptrs = base_ptr + heads[:, None] * HEAD_DIM + offs_rest[None, :]
+    mask = head_mask & half_mask[None, :]
+    low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(low_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+    if ROTARY_DIM < HEAD_DIM:
+        rest = tl.load(rest_ptrs, mask=head_mask & rest_mask[None, :], other=0.0).to(tl.float32)
+    else:
+        rest = tl.zeros([TILE_H, TILE_REST], dtype=tl.float32)
+
+    dtype = base_ptr.dtype.element_ty
+    if HAS_NORM:
+        scale = norm_scale(low, high, rest, eps, HEAD_DIM)
+        w_low = tl.load(weight_ptr + offs_half, mask=half_mask, other=0.0).to(tl.float32)
+        w_high = tl.load(weight_ptr + HALF + offs_half, mask=half_mask, other=0.0).to(tl.float32)
+        low = ((low * scale).to(dtype).to(tl.float32) * w_low[None, :]).to(dtype).to(tl.float32)
+        high = ((high * scale).to(dtype).to(tl.float32) * w_high[None, :]).to(dtype).to(tl.float32)
+        if ROTARY_DIM < HEAD_DIM:
+            w_rest = tl.load(weight_ptr + offs_rest, mask=rest_mask, other=0.0).to(tl.float32)
+            rest = (rest * scale).to(dtype).to(tl.float32) * w_rest[None, :]
+
+    cos = tl.load(table_ptr + offs_half, mask=half_mask, other=0.0)[None, :]
+    sin = tl.load(table_ptr + HALF + offs_half, mask=half_mask, other=0.0)[None, :]
+    new_low = (low * cos - high * sin).to(dtype)
+    new_high = (high * cos + low * sin).to(dtype)
+    return new_low, new_high, rest.to(dtype)
+
+
 @triton.jit(do_not_specialize=["positions_ptr", "slot_mapping_ptr"])
 def rope_store_kernel(
     q_ptr,
@@ -77,40 +130,21 @@ def rope_store_kernel(
 
     offs_half = tl.arange(0, TILE_HALF)
     offs_rest = ROTARY_DIM + tl.arange(0, TILE_REST)
-    half_mask = offs_half < HALF
-    rest_mask = offs_rest < HEAD_DIM
+    mask = head_mask & (offs_half < HALF)[None, :]
+    rest_mask = head_mask & (offs_rest < HEAD_DIM)[None, :]
     begin(USE_PDL)
     low_ptrs = base_ptr + heads[:, None] * HEAD_DIM + offs_half[None, :]
     rest_ptrs = base_ptr + heads[:, None] * HEAD_DIM + offs_rest[None, :]
-    mask = head_mask & half_mask[None, :]
-    low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(low_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
-    if ROTARY_DIM < HEAD_DIM:
-        rest = tl.load(rest_ptrs, mask=head_mask & rest_mask[None, :], other=0.0).to(tl.float32)
-    else:
-        rest = tl.zeros([TILE_H, TILE_REST], dtype=tl.float32)
-
-    dtype = q_ptr.dtype.element_ty
-    if HAS_NORM:
-        scale = norm_scale(low, high, rest, eps, HEAD_DIM)
-        weight_ptr = q_weight_ptr if is_q else k_weight_ptr
-        w_low = tl.load(weight_ptr + offs_half, mask=half_mask, other=0.0).to(tl.float32)
-        w_high = tl.load(weight_ptr + HALF + offs_half, mask=half_mask, other=0.0).to(tl.float32)
-        low = ((low * scale).to(dtype).to(tl.float32) * w_low[None, :]).to(dtype).to(tl.float32)
-        high = ((high * scale).to(dtype).to(tl.float32) * w_high[None, :]).to(dtype).to(tl.float32)
-        if ROTARY_DIM < HEAD_DIM:
-            w_rest = tl.load(weight_ptr + offs_rest, mask=rest_mask, other=0.0).to(tl.float32)
-            rest = (rest * scale).to(dtype).to(tl.float32) * w_rest[None, :]
-
-    table_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * ROTARY_DIM
-    cos = tl.load(table_ptr + offs_half, mask=half_mask, other=0.0)[None, :]
-    sin = tl.load(table_ptr + HALF + offs_half, mask=half_mask, other=0.0)[None, :]
-    new_low = (low * cos - high * sin).to(dtype)
-    new_high = (high * cos + low * sin).to(dtype)
+    new_low, new_high, rest = rotated_heads(
+        base_ptr, heads, head_mask,
+        cos_sin_ptr + tl.load(positions_ptr + token) * ROTARY_DIM,
+        q_weight_ptr if is_q else k_weight_ptr,
+        eps, HEAD_DIM, ROTARY_DIM, TILE_H, TILE_HALF, TILE_REST, HAS_NORM,
+    )  # fmt: skip
     tl.store(low_ptrs, new_low, mask=mask)
     tl.store(low_ptrs + HALF, new_high, mask=mask)
     if HAS_NORM and ROTARY_DIM < HEAD_DIM:
-        tl.store(rest_ptrs, rest.to(dtype), mask=head_mask & rest_mask[None, :])
+        tl.store(rest_ptrs, rest, mask=rest_mask)
     if is_q:
         return
     slot = tl.load(slot_mapping_ptr + token)
@@ -123,7 +157,7 @@ def rope_store_kernel(
     tl.store(k_cache_ptrs + HALF, new_high, mask=mask)
     if ROTARY_DIM < HEAD_DIM:
         rest_cache_ptrs = k_cache_ptr + cache_offs + offs_rest[None, :]
-        tl.store(rest_cache_ptrs, rest.to(dtype), mask=head_mask & rest_mask[None, :])
+        tl.store(rest_cache_ptrs, rest, mask=rest_mask)
     offs_d = tl.arange(0, TILE_D)
     v_mask = head_mask & (offs_d < HEAD_DIM)[None, :]
     v_ptrs = v_ptr + token * stride_v + heads[:, None] * HEAD_DIM + offs_d[None, :]
@@ -179,21 +213,12 @@ def rope_store_kv(
     check_dense_rows("k", k)
     check_dense_rows("v", v)
     check_tensor("positions", positions, (num_tokens,), torch.int64, q.device)
-    check_tensor("cos_sin_cache", cos_sin_cache, (None, None), torch.float32, q.device)
-    check_contiguous("cos_sin_cache", cos_sin_cache)
     check_contiguous("positions", positions)
     check_contiguous("slot_mapping", slot_mapping)
-    rotary_dim = cos_sin_cache.shape[1]
-    if rotary_dim % 2 != 0 or not 2 <= rotary_dim <= head_dim:
-        raise wrong("cos_sin_cache rotary_dim", f"even, 2 to {head_dim}", rotary_dim)
+    rotary_dim = check_rotary(cos_sin_cache, head_dim, q.device)
     block_size = check_pool(k_cache, v_cache, num_kv_heads, head_dim, q)
     check_tensor("slot_mapping", slot_mapping, (num_tokens,), torch.int64, q.device)
-    has_norm = q_norm_weight is not None and k_norm_weight is not None
-    if (q_norm_weight is None) != (k_norm_weight is None):
-        raise wrong("k_norm_weight", "both norm weights or neither", "only one")
-    if q_norm_weight is not None and k_norm_weight is not None:
-        check_tensor("q_norm_weight", q_norm_weight, (head_dim,), q.dtype, q.device)
-        check_tensor("k_norm_weight", k_norm_weight, (head_dim,), q.dtype, q.device)
+    has_norm = check_norm_weights(q_norm_weight, k_norm_weight, head_dim, q)
     if num_tokens == 0:
         return
     tile_h = min(TILE_HEADS, next_power_of_2(num_q_heads))
@@ -209,3 +234,37 @@ def rope_store_kv(
         TILE_D=next_power_of_2(head_dim), HAS_NORM=has_norm, num_warps=2,
         **pdl_options(q.device),
     )  # fmt: skip
+
+
+def check_rotary(cos_sin_cache: torch.Tensor, head_dim: int, device: torch.device) -> int:
+    """Checks a table of cosines and sines and returns rotary_dim.
+
+    Raises:
+        ValueError: Its shape, dtype, stride or device is wrong.
+    """
+    check_tensor("cos_sin_cache", cos_sin_cache, (None, None), torch.float32, device)
+    check_contiguous("cos_sin_cache", cos_sin_cache)
+    rotary_dim = cos_sin_cache.shape[1]
+    if rotary_dim % 2 != 0 or not 2 <= rotary_dim <= head_dim:
+        raise wrong("cos_sin_cache rotary_dim", f"even, 2 to {head_dim}", rotary_dim)
+    return rotary_dim
+
+
+def check_norm_weights(
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    head_dim: int,
+    like: torch.Tensor,
+) -> bool:
+    """Checks the weights of norms on heads and returns whether there are any.
+
+    Raises:
+        ValueError: There is only one, or its shape, dtype or device is wrong.
+    """
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise wrong("k_norm_weight", "both norm weights or neither", "only one")
+    if q_norm_weight is None or k_norm_weight is None:
+        return False
+    check_tensor("q_norm_weight", q_norm_weight, (head_dim,), like.dtype, like.device)
+    check_tensor("k_norm_weight", k_norm_weight, (head_dim,), like.dtype, like.device)
+    return True

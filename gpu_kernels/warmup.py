@@ -22,6 +22,7 @@ from gpu_kernels import (
     norm,
     prefill_attention,
     rope_store,
+    rotating_rows,
 )
 from gpu_kernels.linear import LinearLayers
 
@@ -34,6 +35,8 @@ KERNELS: tuple[Any, ...] = (
     kv_swap.swap_kv_kernel,
     handover.send_rows_kernel,
     handover.receive_rows_kernel,
+    rotating_rows.depart_rows_kernel,
+    rotating_rows.rejoin_rows_kernel,
     norm.rms_norm_kernel,
     activation.silu_and_mul_kernel,
     few_rows.skinny_linear_kernel,
@@ -188,6 +191,16 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
         "receive rows", handover.receive_rows,
         out.flatten(1), out.flatten(1)[None], words, parameters, word,
         zeros(1, dtype=torch.int64), 0, limit_s=1.0,
+    )  # fmt: skip
+    launch(
+        "depart rows", rotating_rows.depart_rows,
+        qkv, residual, qkv, residual, positions, positions, cos_sin,
+        num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads,
+        q_norm_weight=head_weight, k_norm_weight=head_weight,
+    )  # fmt: skip
+    launch(
+        "rejoin rows", rotating_rows.rejoin_rows,
+        out.flatten(1), residual, out.flatten(1), positions, residual, positions,
     )  # fmt: skip
     launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
     launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)

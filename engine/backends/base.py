@@ -232,25 +232,33 @@ class Backend(Protocol):
         """Fill the rows of host-resident decodes in what `start_attention` returned."""
 
     def depart(
-        self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        norms: LayerNorms | None,
     ) -> None:
-        """Rotate heads and hand a layer's rotating rows to the CPU; the step has one lane.
+        """Rotate heads, hand a layer's rotating rows to the CPU and keep their residual stream.
 
-        Called for every layer in turn, also without rows: the CPU is told segment by segment.
+        Called for every layer in turn, also without rows: the CPU is told segment by segment. The
+        step has one lane.
 
         Args:
             layer: Whose cache to use.
             qkv: `[n, (num_q_heads + 2 * num_kv_heads) * head_dim]`; may be overwritten.
+            residual: `[n, H]`, where the rows stand before the layer's attention.
             cos_sin: See `start_attention`.
             norms: See `start_attention`.
         """
 
-    def arrive(self, layer: int, out: torch.Tensor) -> None:
+    def arrive(self, layer: int, out: torch.Tensor, residual: torch.Tensor) -> None:
         """Fill in the CPU's attention of a layer, computed since the last step with rotating rows.
 
         Args:
             layer: At which the rows departed in that step.
             out: `[n, num_q_heads * head_dim]`, n > 0.
+            residual: `[n, H]`, to be filled with what was kept of these rows.
 
         Raises:
             StepError: CPU attention failed, and the device knows already.

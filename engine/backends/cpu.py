@@ -204,18 +204,30 @@ class CpuBackend:
             self._checked_host().receive(lane, layer, out[batch.host_decode_tokens])
 
     def depart(
-        self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        norms: LayerNorms | None,
     ) -> None:
         """Hand rotating rows over; see `Backend`."""
         rotating = self._checked_host().rotating
         if qkv.shape[0]:
-            positions = rotating.rows.positions[rotating.rows.departing(layer)]
-            qkv = torch.cat(self._rotated(qkv, positions, cos_sin, norms), dim=1).flatten(1)
-        rotating.depart(layer, qkv)
+            rows, sent = rotating.rows, rotating.sent(layer)
+            departing = rows.departing(layer)
+            if sent is not None:
+                rotated = self._rotated(qkv, rows.positions[departing], cos_sin, norms)
+                torch.cat(rotated, dim=1, out=sent.view(sent.shape[0], -1, rotated[0].shape[-1]))
+            rows.residuals.index_copy_(0, rows.slots[departing], residual)
+        rotating.ring(layer)
 
-    def arrive(self, layer: int, out: torch.Tensor) -> None:
+    def arrive(self, layer: int, out: torch.Tensor, residual: torch.Tensor) -> None:
         """Take the CPU's answers; see `Backend`."""
-        self._checked_host().rotating.arrive(layer, out)
+        rotating = self._checked_host().rotating
+        rows, arriving = rotating.rows, rotating.rows.arriving(layer)
+        torch.index_select(rotating.answers(layer), 0, rows.answers[arriving], out=out)
+        torch.index_select(rows.residuals, 0, rows.slots[arriving], out=residual)
 
     def _rotated(
         self,

@@ -22,6 +22,7 @@ from gpu_kernels.linear import LinearLayers
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
 from gpu_kernels.tiles import decode_num_splits, num_multiprocessors
 from gpu_kernels.warmup import ModelShape, precompile
 
@@ -261,22 +262,43 @@ class CudaBackend:
             self._checked_host().receive(lane, layer, out[batch.host_decode_tokens])
 
     def depart(
-        self, layer: int, qkv: torch.Tensor, cos_sin: torch.Tensor, norms: LayerNorms | None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        norms: LayerNorms | None,
     ) -> None:
         """Hand rotating rows over; see `Backend`."""
-        rotating = self._checked_host().rotating
+        rotating, shape = self._checked_host().rotating, self._checked_shape()
         if self._swaps is not None:
             self._swaps.wait_for(layer)
         if qkv.shape[0]:
-            positions = rotating.rows.positions[rotating.rows.departing(layer)]
-            slots = self._no_slots[: qkv.shape[0]]
-            caches = (self._k_cache[layer], self._v_cache[layer])
-            self._rope_store(qkv, positions, slots, cos_sin, norms, *caches)
-        rotating.depart(layer, qkv)
+            rows, sent = rotating.rows, rotating.sent(layer)
+            departing = rows.departing(layer)
+            assert sent is not None, "channels take all rows, also those to spare"
+            depart_rows(
+                sent,
+                rows.residuals,
+                qkv,
+                residual,
+                rows.positions[departing],
+                rows.slots[departing],
+                cos_sin,
+                num_q_heads=shape.num_q_heads,
+                num_kv_heads=shape.num_kv_heads,
+                q_norm_weight=norms.q if norms else None,
+                k_norm_weight=norms.k if norms else None,
+                norm_eps=norms.eps if norms else 1e-6,
+            )
+        rotating.ring(layer)
 
-    def arrive(self, layer: int, out: torch.Tensor) -> None:
+    def arrive(self, layer: int, out: torch.Tensor, residual: torch.Tensor) -> None:
         """Take the CPU's answers; see `Backend`."""
-        self._checked_host().rotating.arrive(layer, out)
+        rotating = self._checked_host().rotating
+        rows, arriving = rotating.rows, rotating.rows.arriving(layer)
+        answers, answer_ids = rotating.answers(layer), rows.answers[arriving]
+        rejoin_rows(out, residual, answers, answer_ids, rows.residuals, rows.slots[arriving])
 
     def _checked_shape(self) -> AttentionShape:
         assert self._shape is not None, "allocate_kv_cache comes first"

@@ -164,49 +164,49 @@ class RotatingAttention:
             asked = {self._num_segments + i: o for i, o in self._before.orders.items()}
             self._channels.begin_step(turn.orders | asked)
 
-    def depart(self, layer: int, qkv: torch.Tensor) -> None:
-        """Hand over a layer's rotated rows, `[n, (num_q_heads + 2 * num_kv_heads) * head_dim]`.
+    def sent(self, layer: int) -> torch.Tensor | None:
+        """Return where a layer's departing rows are to be written, before it is rung for them.
 
-        The segment's last layer rings for all of them.
+        Returns:
+            `[n, (num_q_heads + 2 * num_kv_heads) * head_dim]`: rotated Q and K, and V, of
+            `rows.departing(layer)`; None if nobody wants them: they are rows to spare.
         """
         rotating, turn = self.rows, self._now
         number, segment = _segment_of(rotating, layer)
-        first, end = rotating.bounds[segment.start], rotating.bounds[segment.stop]
-        rows = rotating.departing(layer)
+        first, rows = rotating.bounds[segment.start], rotating.departing(layer)
         part = slice(rows.start - first, rows.stop - first)
-        ends = layer == segment.stop - 1
         if self._channels is not None:
-            if qkv.shape[0]:
-                self._sent[number, part].copy_(qkv)
-            if ends:
-                self._channels.send(number, 0, self._sent[number, : end - first])
-        elif number in turn.orders:
-            at = turn.lane(number)
-            if qkv.shape[0]:
-                turn.rows[at, part].copy_(qkv)
-            if ends:
-                turn.bells.ring(at, turn.orders[number].ticket)
+            return self._sent[number, part]
+        return turn.rows[turn.lane(number), part] if number in turn.orders else None
 
-    def arrive(self, layer: int, out: torch.Tensor) -> None:
-        """Fill in answers to what departed at a layer in the last overlap step.
+    def ring(self, layer: int) -> None:
+        """Hand over the rows of the layer's segment if it is the last of them."""
+        rotating, turn = self.rows, self._now
+        number, segment = _segment_of(rotating, layer)
+        if layer != segment.stop - 1:
+            return
+        if self._channels is not None:
+            num_rows = rotating.bounds[segment.stop] - rotating.bounds[segment.start]
+            self._channels.send(number, 0, self._sent[number, :num_rows])
+        elif number in turn.orders:
+            turn.bells.ring(turn.lane(number), turn.orders[number].ticket)
+
+    def answers(self, layer: int) -> torch.Tensor:
+        """Return answers to what departed in the last overlap step, and wait for them if need be.
 
         Args:
-            layer: Of the model.
-            out: `[n, num_q_heads * head_dim]`, of `rows.arriving(layer)`.
+            layer: Of the model; those of its segment are waited for at its first layer with rows.
+
+        Returns:
+            `[max_rows, num_q_heads * head_dim]`; `rows.answers[rows.arriving(layer)]` says which
+            are the layer's.
 
         Raises:
             StepError: The device is the CPU and the service has failed.
         """
-        rotating = self.rows
+        rotating, turn = self.rows, self._before
         number, segment = _segment_of(rotating, layer)
-        rows = rotating.arriving(layer)
-        arriving_before = rows.start - rotating.bounds[segment.start + 1]
-        answers = self._answers(number, is_first=arriving_before == 0)
-        torch.index_select(answers, 0, rotating.answers[rows], out=out)
-
-    def _answers(self, number: int, *, is_first: bool) -> torch.Tensor:
-        """Wait for a segment's answers, once a step, and return them."""
-        turn = self._before
+        is_first = rotating.arriving(layer).start == rotating.bounds[segment.start + 1]
         if self._channels is not None:
             if is_first:
                 self._channels.receive(self._num_segments + number, 0, self._received[number])

@@ -146,19 +146,16 @@ class DecoderModel:
                     stream[:num_rows].copy_(residual)
             else:
                 qkv = hidden[:0]  # nobody departs, but the CPU is to hear of it
-            self._backend.depart(layer, qkv[num_resident:], self._cos_sin, self._norms[layer])
-            if num_rows > num_resident:
-                slots = rows.slots[rows.departing(layer)]
-                rows.residuals.index_copy_(0, slots, stream[num_resident:num_rows])
+            departing = slice(num_resident, num_rows)
+            norms = self._norms[layer]
+            self._backend.depart(layer, qkv[departing], stream[departing], self._cos_sin, norms)
             if num_resident:
                 attended = self.start_attention(0, layer, qkv[:num_resident], num_visitors)
             else:
                 attended = hidden.new_empty(num_visitors, self.weights.layers[layer].out.shape[1])
             num_rows = num_resident + num_visitors
             if num_visitors:
-                self._backend.arrive(layer, attended[num_resident:])
-                visitors = stream[num_resident:num_rows]
-                torch.index_select(rows.residuals, 0, rows.slots[arriving], out=visitors)
+                self._backend.arrive(layer, attended[num_resident:], stream[num_resident:num_rows])
             if num_rows:
                 hidden, _ = self.after_attention(layer, attended, stream[:num_rows])
         return FinalStates(hidden[:num_rows], stream[:num_rows])

@@ -32,6 +32,7 @@ from gpu_kernels import (
     merge_splits,
     norm,
     rope_store,
+    rotating_rows,
 )
 from gpu_kernels.warmup import (
     ModelShape,
@@ -44,7 +45,7 @@ from tests.gpu_kernels.serving_shapes import launch_serving_shapes
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 PDL_MODULES = (
-    activation, decode_attention, linear, merge_splits, norm, rope_store, few_rows
+    activation, decode_attention, linear, merge_splits, norm, rope_store, rotating_rows, few_rows
 )  # fmt: skip
 
 LLAMA_8B = {

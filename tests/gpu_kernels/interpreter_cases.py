@@ -36,6 +36,12 @@ CASES: dict[str, Callable[[], None]] = {
     "rope_store_partial_norm": lambda: checks.check_rope_store(
         2, head_dim=32, rotary_dim=16, with_norm=True, device="cpu"
     ),
+    "rotating_rows": lambda: checks.check_rotating_rows(
+        4, head_dim=24, hidden_size=40, device="cpu"
+    ),
+    "rotating_rows_partial_norm": lambda: checks.check_rotating_rows(
+        2, head_dim=32, rotary_dim=16, hidden_size=1500, with_norm=True, device="cpu"
+    ),
     "store": lambda: checks.check_store(4, head_dim=24, device="cpu"),
     "swap": lambda: checks.check_swap(3, head_dim=24, device="cpu"),
     "swap_nothing": lambda: checks.check_swap(0, device="cpu"),

@@ -18,6 +18,7 @@ from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
 from tests.gpu_kernels import oracle
 from tests.gpu_kernels.inputs import cos_sin_cache, make_paged_batch, random_rows
 
@@ -145,6 +146,58 @@ def check_rope_store(
             expected_v_cache[slot // block_size, :, slot % block_size] = v[token]
     assert torch.equal(k_cache, expected_k_cache)
     assert torch.equal(v_cache, expected_v_cache)
+
+
+def check_rotating_rows(
+    num_rows: int,
+    *,
+    num_kv_heads: int = 2,
+    group_size: int = 4,
+    head_dim: int = 64,
+    rotary_dim: int | None = None,
+    hidden_size: int = 576,
+    with_norm: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """Lets rows depart and others rejoin; what nobody asked to be written stays NaN."""
+    generator = torch.Generator().manual_seed(8)
+    num_q_heads, num_slots = num_kv_heads * group_size, num_rows + 4
+    table = cos_sin_cache(512, rotary_dim or head_dim, device)
+    heads = [num_q_heads, num_kv_heads, num_kv_heads]
+    qkv = random_rows(num_rows, sum(heads), head_dim, dtype, device, seed=1)
+    q, k, v = qkv.split(heads, dim=1)
+    residual = random_rows(num_rows, 1, hidden_size, dtype, device, seed=2)[:, 0]
+    positions = torch.randint(0, 512, (num_rows,), generator=generator).to(device)
+    slots = torch.randperm(num_slots, generator=generator)[:num_rows].to(device)
+    weights = (1 + 0.3 * torch.randn(2, head_dim, generator=generator)).to(dtype).to(device)
+    sent = poisoned(qkv)
+    kept = poisoned(residual[:1, None].expand(num_slots, 1, hidden_size))[:, 0]
+    qkv_before = qkv.clone()
+    depart_rows(
+        sent.flatten(1), kept, qkv.flatten(1), residual, positions, slots, table,
+        num_q_heads=num_q_heads, num_kv_heads=num_kv_heads,
+        q_norm_weight=weights[0] if with_norm else None,
+        k_norm_weight=weights[1] if with_norm else None,
+    )  # fmt: skip
+    sent_q, sent_k, sent_v = sent.split(heads, dim=1)
+    for got, x, weight in ((sent_q, q, weights[0]), (sent_k, k, weights[1])):
+        wide = oracle.rms_norm(x.float(), weight.float(), 1e-6) if with_norm else x.float()
+        half = oracle.rms_norm(x, weight, 1e-6) if with_norm else x
+        plain = oracle.rope(half, positions, table.to(dtype))
+        oracle.assert_close(got, oracle.rope(wide, positions, table), plain)
+    assert torch.equal(sent_v, v)
+    assert torch.equal(qkv, qkv_before)
+    expected_kept = torch.full_like(kept, float("nan"))
+    expected_kept[slots] = residual
+    oracle.assert_same_bits(kept, expected_kept)
+
+    answers = random_rows(num_rows + 3, num_q_heads, head_dim, dtype, device, seed=4)
+    answer_ids = torch.randint(0, num_rows + 3, (num_rows,), generator=generator).to(device)
+    out, back = poisoned(q), poisoned(residual[:, None])[:, 0]
+    rejoin_rows(out.flatten(1), back, answers.flatten(1), answer_ids, kept, slots)
+    assert torch.equal(out, answers[answer_ids])
+    assert torch.equal(back, residual)
 
 
 def check_store(

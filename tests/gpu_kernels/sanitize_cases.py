@@ -20,6 +20,8 @@ def main() -> None:
         checks.check_prefill([(5, 20)], group_size=3, head_dim=80, dtype=dtype)
         checks.check_rope_store(7, head_dim=80, dtype=dtype)
         checks.check_rope_store(7, head_dim=128, rotary_dim=64, with_norm=True, dtype=dtype)
+        checks.check_rotating_rows(5, head_dim=80, dtype=dtype)
+        checks.check_rotating_rows(5, head_dim=128, rotary_dim=64, with_norm=True, dtype=dtype)
         checks.check_store(7, num_kv_heads=3, head_dim=80, dtype=dtype)
         for pinned in (False, True):
             checks.check_swap(

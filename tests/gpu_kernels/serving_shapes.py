@@ -11,6 +11,7 @@ from gpu_kernels.linear import LinearLayers
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
+from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
 from gpu_kernels.warmup import ModelShape
 
 
@@ -68,6 +69,13 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
         seen = ints(3, dtype=torch.int32)
         receive_rows(out.flatten(1), answers, words, parameters, seen, waited, offset, limit_s=2.0)
         hidden = torch.zeros(num_rows, shape.hidden_size, dtype=shape.dtype, device=device)
+        sent, kept = torch.zeros(3, *qkv.shape, dtype=shape.dtype, device=device), hidden.clone()
+        depart_rows(
+            sent[1], kept, qkv, hidden, slots, slots, table,
+            num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads,
+            q_norm_weight=norm_weight, k_norm_weight=norm_weight,
+        )  # fmt: skip
+        rejoin_rows(out.flatten(1), hidden, out.flatten(1).clone(), slots, kept, slots)
         rms_norm(hidden, hidden, hidden[0].clone(), 1e-5)
         add_rms_norm(hidden, hidden, hidden.clone(), hidden[0].clone(), 1e-5)
         sizes = (num_rows, 2 * shape.intermediate_size)

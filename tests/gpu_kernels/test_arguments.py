@@ -68,6 +68,22 @@ def receive_args(n: int = N) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def depart_args(n: int = N) -> dict[str, Any]:
+    width = (H + 2 * KV) * D
+    return {
+        "sent": zeros(n, width), "kept": zeros(5, 48), "qkv": zeros(n, width),
+        "residual": zeros(n, 48), "positions": zeros(n, dtype=I64), "slots": zeros(n, dtype=I64),
+        "cos_sin_cache": zeros(9, D, dtype=F32), "num_q_heads": H, "num_kv_heads": KV,
+    }  # fmt: skip
+
+
+def rejoin_args(n: int = N) -> dict[str, Any]:
+    return {
+        "out": zeros(n, D), "residual": zeros(n, 48), "answers": zeros(7, D),
+        "answer_ids": zeros(n, dtype=I64), "kept": zeros(5, 48), "slots": zeros(n, dtype=I64),
+    }  # fmt: skip
+
+
 def norm_args(n: int = N) -> dict[str, Any]:
     return {"out": zeros(n, D), "x": zeros(n, D), "weight": zeros(D), "eps": 1e-5}
 
@@ -104,6 +120,8 @@ LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "swap_in": (gpu_kernels.swap_in_kv, swap_args),
     "send": (gpu_kernels.send_rows, send_args),
     "receive": (gpu_kernels.receive_rows, receive_args),
+    "depart": (gpu_kernels.depart_rows, depart_args),
+    "rejoin": (gpu_kernels.rejoin_rows, rejoin_args),
     "norm": (gpu_kernels.rms_norm, norm_args),
     "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
     "silu": (gpu_kernels.silu_and_mul, silu_args),
@@ -139,6 +157,20 @@ WRONG_VALUES = [
     ("send", {"rows": zeros(2, D, N).transpose(1, 2)}, "rows"),
     ("receive", {"bells": zeros(3, 2, 16, dtype=I32)}, "bells"),
     ("receive", {"parameters": zeros(6, dtype=I32)[::2]}, "parameters"),
+    ("depart", {"num_q_heads": 3}, "qkv width"),
+    ("depart", {"num_kv_heads": 0}, "qkv width"),
+    ("depart", {"qkv": zeros((H + 2 * KV) * D, N).t()}, "qkv"),
+    ("depart", {"sent": zeros((H + 2 * KV) * D, N).t()}, "sent"),
+    ("depart", {"positions": zeros(2 * N, dtype=I64)[::2]}, "positions"),
+    ("depart", {"slots": zeros(2 * N, dtype=I64)[::2]}, "slots"),
+    ("depart", {"kept": zeros(5, 40)}, "kept"),
+    ("depart", {"residual": zeros(48, N).t()}, "residual"),
+    ("depart", {"cos_sin_cache": zeros(9, 7, dtype=F32)}, "rotary_dim"),
+    ("depart", {"k_norm_weight": zeros(D)}, "k_norm_weight"),
+    ("rejoin", {"out": zeros(D, N).t()}, "out"),
+    ("rejoin", {"answers": zeros(D, 7).t()}, "answers"),
+    ("rejoin", {"answer_ids": zeros(2 * N, dtype=I64)[::2]}, "answer_ids"),
+    ("rejoin", {"kept": zeros(48, 5).t()}, "kept"),
     ("norm", {"weight": zeros(2 * D)[::2]}, "weight"),
     ("prefill", {"seq_lens": zeros(2 * N, dtype=I32)[::2]}, "seq_lens"),
     ("prefill", {"cu_seqlens_q": zeros(2 * N + 2, dtype=I32)[::2]}, "cu_seqlens_q"),

@@ -13,6 +13,7 @@ from tests.gpu_kernels.kernel_checks import (
     check_handover,
     check_norm,
     check_rope_store,
+    check_rotating_rows,
     check_silu,
     check_skinny_linear,
     check_store,
@@ -41,6 +42,16 @@ def test_rope_store_head_counts(num_kv_heads: int, group_size: int) -> None:
     check_rope_store(
         20, num_kv_heads=num_kv_heads, group_size=group_size, block_size=32, dtype=torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 80), (128, 128), (128, 64)])
+def test_rotating_rows(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
+    for num_rows, with_norm, hidden_size in ((1, False, 576), (6, True, 4096), (70, False, 1500)):
+        check_rotating_rows(
+            num_rows, head_dim=head_dim, rotary_dim=rotary_dim, hidden_size=hidden_size,
+            with_norm=with_norm, dtype=dtype,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
