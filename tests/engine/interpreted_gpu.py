@@ -1,0 +1,132 @@
+"""The CUDA backend without a GPU: kernels in Triton's interpreter, streams that do all at once.
+
+What it shows is that backend, kernels and engine fit together: shapes, rows, blocks, orders and
+answers. What only a GPU has it cannot show: concurrency, and graphs. A process of its own, because
+TRITON_INTERPRET counts only before triton is imported:
+`TRITON_INTERPRET=1 python -m tests.engine.interpreted_gpu FOLDER` serves a few requests in every
+mode and prints a JSON line a case: tokens by the CUDA backend and by the CPU backend.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from engine.backends.cuda import CudaBackend
+from engine.batch_builder import BatchBuilder
+from engine.cost_model import TableCostModel
+from engine.llm import LLM
+from engine.runner import ModelRunner
+from engine.sampling_params import SamplingParams
+from tests.engine.cost_tables import make_cost_model
+from tests.engine.played_gpu import use_static_buffers
+
+LENGTHS = (5, 18, 1, 9, 2, 3)
+PROMPTS = [[(7 * i + j) % 190 + 2 for j in range(length)] for i, length in enumerate(LENGTHS)]
+PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+OFFLOADED = {"host_kv_gb": 0.01, "device_kv_blocks": 2}
+CASES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "gpu-only": (False, {"mode": "gpu-only", "device_kv_blocks": 2}),
+    "gpu-only, static": (True, {"mode": "gpu-only"}),
+    "asymmetric": (False, {"mode": "asymmetric", **OFFLOADED}),
+    "asymmetric, static": (True, {"mode": "asymmetric", **OFFLOADED}),
+    "overlap": (False, {"mode": "overlap", "max_num_batched_tokens": 16, **OFFLOADED}),
+    "overlap, static": (True, {"mode": "overlap", **OFFLOADED}),
+}
+"""Whether steps run from the buffers that graphs read, and the engine's options."""
+
+
+class PlayedStream:
+    """A stream whose work is done when it is given."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class PlayedEvent:
+    """A point in the work of such a stream."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self._time_s = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._time_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: "PlayedEvent") -> float:
+        return (later._time_s - self._time_s) * 1e3
+
+
+@contextlib.contextmanager
+def cuda_backend_on_cpu() -> Iterator[None]:
+    """Let engines made within use the CUDA backend on CPU tensors."""
+    with contextlib.ExitStack() as patches:
+        for name, played in {
+            "Stream": PlayedStream,
+            "Event": PlayedEvent,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "current_stream": PlayedStream,
+            "synchronize": lambda device=None: None,
+            "get_device_name": lambda device: "Triton's interpreter",
+        }.items():
+            patches.enter_context(mock.patch.object(torch.cuda, name, played))
+        patches.enter_context(mock.patch.object(BatchBuilder, "uses_staging", True))
+        patches.enter_context(mock.patch.object(CudaBackend, "prepare", return_value=0))
+        patches.enter_context(mock.patch("engine.runner.make_backend", CudaBackend))
+        yield
+
+
+def serve(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Serve all prompts and return their tokens, and what was done for them."""
+
+    def measured(runner: ModelRunner, *args: object) -> TableCostModel:
+        return make_cost_model(num_layers=runner.model_config.num_layers)
+
+    with mock.patch("engine.cost_tables.load_or_profile", measured), LLM(
+        str(folder), device="cpu", load_format="dummy", dtype="float32", max_model_len=32,
+        max_num_seqs=8, threads=1, **options,
+    ) as llm:  # fmt: skip
+        outputs = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, PARAMS)]
+        assert llm.engine.runner.pool.num_used == 0
+        stats = llm.engine.stats
+        return {
+            "got": outputs,
+            "modes": dict(stats.steps_by_mode),
+            "swapped_blocks": stats.swapped_in_blocks + stats.swapped_out_blocks,
+        }
+
+
+def main() -> None:
+    """Serves by the CPU backend once, then every case by the CUDA backend."""
+    folder = Path(sys.argv[1])
+    expected = serve(folder, {"mode": "gpu-only"})["got"]
+    for name, (is_static, options) in CASES.items():
+        start = time.perf_counter()
+        with cuda_backend_on_cpu(), pytest.MonkeyPatch.context() as patch:
+            if is_static:
+                use_static_buffers(patch)
+            result = {"case": name, "expected": expected} | serve(folder, options)
+        result["seconds"] = round(time.perf_counter() - start, 2)
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

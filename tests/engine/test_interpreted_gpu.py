@@ -1,0 +1,26 @@
+"""The CUDA backend serves as the CPU backend does, as far as can be seen without a GPU."""
+
+from typing import Any
+
+import pytest
+
+from tests.engine.interpreted_gpu import CASES
+from tests.engine.tiny_models import make_tiny_model
+from tests.interpreter import interpret
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("qwen")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    make_tiny_model("qwen3", folder, num_hidden_layers=2, **heads)
+    return {line["case"]: line for line in interpret("tests.engine.interpreted_gpu", str(folder))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_the_cpu_backend(results: dict[str, Any], case: str) -> None:
+    result = results[case]
+    assert result["got"] == result["expected"]
+    _, options = CASES[case]
+    assert options["mode"].replace("-", "_") in result["modes"]
+    assert (result["swapped_blocks"] > 0) == (options["mode"] == "overlap")
