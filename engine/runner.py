@@ -37,7 +37,7 @@ from engine.rotation import Rotation
 from engine.sampler import PendingTokens, launch_sampling, sample
 from engine.step_graphs import StepGraphs
 from engine.step_in_flight import StepInFlight, StepResult
-from engine.step_plan import StepPlan
+from engine.step_plan import StepPlan, Swap
 from engine.token_feedback import TokenFeedback
 from engine.worst_step import make_worst_step
 
@@ -121,6 +121,7 @@ class ModelRunner:
         """
         start_s = time.perf_counter()
         begin = self._backend.mark()
+        self._backend.join_arrivals()
         self._forget_leavers(plan)
         self._swap(plan)
         is_graph = self._graphs is not None and self._graphs.fits(plan)
@@ -159,6 +160,7 @@ class ModelRunner:
 
     def move(self, plan: StepPlan) -> None:
         """Do what a step that computes nothing leaves to do: its swaps."""
+        self._backend.join_arrivals()
         self._forget_leavers(plan)
         self._swap(plan)
         self._backend.join_copies()
@@ -270,14 +272,10 @@ class ModelRunner:
         return self._backend.num_attention_threads
 
     def _swap(self, plan: StepPlan) -> None:
-        for swaps, move in (
-            (plan.swaps_out, self._backend.swap_out),
-            (plan.swaps_in, self._backend.swap_in),
-        ):
-            if swaps:
-                device = [block for swap in swaps for block in swap.device_blocks]
-                host = [block for swap in swaps for block in swap.host_blocks]
-                move(device, host)
+        if plan.swaps_out:
+            self._backend.swap_out(*_blocks(plan.swaps_out))
+        if plan.swaps_in:
+            self._backend.swap_in(*_blocks(plan.swaps_in), beside=plan.moves_beside)
 
     def close(self) -> None:
         """Release threads and memory."""
@@ -349,6 +347,12 @@ class ModelRunner:
         if graphs is not None:
             graphs.capture_hungriest()
         torch.cuda.synchronize(self.device)
+
+
+def _blocks(swaps: Sequence[Swap]) -> tuple[list[int], list[int]]:
+    """Return the blocks of all swaps, on the device and on the host."""
+    device = [block for swap in swaps for block in swap.device_blocks]
+    return device, [block for swap in swaps for block in swap.host_blocks]
 
 
 def resolve_dtype(wanted: str, of_model: str) -> torch.dtype:

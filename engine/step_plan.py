@@ -109,7 +109,7 @@ class SubBatch:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Blocks of one request that move before the step computes.
+    """Blocks of one request that move before the step computes, or beside it: `moves_beside`.
 
     `device_blocks[i]` and `host_blocks[i]` hold the same tokens. The accounting has changed already
     when the plan is made; a step moves blocks in one direction only.
@@ -126,8 +126,9 @@ class StepPrediction:
 
     `step_s` is the whole step; `linear_s`, `gpu_attention_s` and `cpu_attention_s` have one entry a
     sub-batch; `exposed_cpu_s` is the CPU attention that no GPU work hides. `prompt_copy_s` is the
-    copying of `cprf` rows' K and V and `launch_s` the host's launching, which both run beside the
-    layers; `fixed_s` is what a step costs beside its layers; `rotates` says that the CPU attends to
+    copying of `cprf` rows' K and V, `launch_s` the host's launching and `arriving_s` the moving of
+    requests that come to the device, which all run beside the layers; `swap_s` is what moves before
+    them; `fixed_s` is what a step costs beside its layers; `rotates` says that the CPU attends to
     rotating rows. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill tokens
     counted at what they cost (see `engine.scheduling.step_former`).
     """
@@ -144,7 +145,13 @@ class StepPrediction:
     prompt_copy_s: float = 0.0
     launch_s: float = 0.0
     fixed_s: float = 0.0
+    arriving_s: float = 0.0
     rotates: bool = False
+
+    @property
+    def moves_kv(self) -> bool:
+        """Whether requests move, which takes an unknown part of a measured step."""
+        return self.swap_s > 0 or self.arriving_s > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +179,8 @@ class StepPlan:
     sub_batches: list[SubBatch] = field(default_factory=lambda: [SubBatch()])
     swaps_out: list[Swap] = field(default_factory=list)
     swaps_in: list[Swap] = field(default_factory=list)
+    moves_beside: bool = False
+    """Whether those that are swapped in take no part, so that they move while the step computes."""
     preempted: list[Request] = field(default_factory=list)
     """Who lost its blocks. If that left nobody running, it may start again in this very step."""
     prediction: StepPrediction | None = None

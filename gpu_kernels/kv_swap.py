@@ -23,7 +23,7 @@ from gpu_kernels.checks import (
 from gpu_kernels.tiles import next_power_of_2
 
 
-@triton.jit(do_not_specialize=["device_ids_ptr", "host_ids_ptr"])
+@triton.jit(do_not_specialize=["device_ids_ptr", "host_ids_ptr", "num_ids", "num_pieces"])
 def swap_kv_kernel(
     k_cache_ptr,
     v_cache_ptr,
@@ -33,25 +33,21 @@ def swap_kv_kernel(
     host_ids_ptr,
     device_stride_layer: tl.int64,
     host_stride_layer: tl.int64,
+    num_ids,
+    num_pieces,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE_T: tl.constexpr,
     TILE_D: tl.constexpr,
     TO_HOST: tl.constexpr,
 ):
-    """Copies one head of one block of one layer, K transposed on the host's side.
+    """Copies heads of blocks of layers, K transposed on the host's side.
 
-    Grid (num_kv_heads, num_ids, num_layers). A program owns one (KV head, listed block, layer): K
-    and V of BLOCK_SIZE tokens. The layer strides are int64 by type, because a layer of more than
-    2**31 elements would otherwise be a variant of its own.
+    Grid (num_programs,). The programs share num_pieces pieces, each K and V of BLOCK_SIZE tokens of
+    one (layer, listed block, KV head), counted in this order. The layer strides are int64 by type,
+    because a layer of more than 2**31 elements would otherwise be a variant of its own.
     """
-    head = tl.program_id(0)
-    index = tl.program_id(1)
-    layer = tl.program_id(2).to(tl.int64)
-    device_block = tl.load(device_ids_ptr + index).to(tl.int64)
-    host_block = tl.load(host_ids_ptr + index).to(tl.int64)
-    if device_block < 0:
-        return
     offs_t = tl.arange(0, TILE_T)
     offs_d = tl.arange(0, TILE_D)
     token_major = offs_t[:, None] * HEAD_DIM + offs_d[None, :]
@@ -59,19 +55,25 @@ def swap_kv_kernel(
     mask = (offs_t < BLOCK_SIZE)[:, None] & (offs_d < HEAD_DIM)[None, :]
     mask_t = (offs_d < HEAD_DIM)[:, None] & (offs_t < BLOCK_SIZE)[None, :]
     head_size = BLOCK_SIZE * HEAD_DIM
-    num_heads = tl.num_programs(0)
-    device_offs = layer * device_stride_layer + (device_block * num_heads + head) * head_size
-    host_offs = layer * host_stride_layer + (host_block * num_heads + head) * head_size
-    if TO_HOST:
-        k = tl.load(k_cache_ptr + device_offs + token_major, mask=mask)
-        v = tl.load(v_cache_ptr + device_offs + token_major, mask=mask)
-        tl.store(k_host_ptr + host_offs + dim_major, tl.trans(k), mask=mask_t)
-        tl.store(v_host_ptr + host_offs + token_major, v, mask=mask)
-    else:
-        k = tl.load(k_host_ptr + host_offs + dim_major, mask=mask_t)
-        v = tl.load(v_host_ptr + host_offs + token_major, mask=mask)
-        tl.store(k_cache_ptr + device_offs + token_major, tl.trans(k), mask=mask)
-        tl.store(v_cache_ptr + device_offs + token_major, v, mask=mask)
+    for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
+        head = piece % NUM_HEADS
+        index = (piece // NUM_HEADS) % num_ids
+        layer = (piece // NUM_HEADS // num_ids).to(tl.int64)
+        device_block = tl.load(device_ids_ptr + index).to(tl.int64)
+        host_block = tl.load(host_ids_ptr + index).to(tl.int64)
+        device_offs = layer * device_stride_layer + (device_block * NUM_HEADS + head) * head_size
+        host_offs = layer * host_stride_layer + (host_block * NUM_HEADS + head) * head_size
+        if device_block >= 0:
+            if TO_HOST:
+                k = tl.load(k_cache_ptr + device_offs + token_major, mask=mask)
+                v = tl.load(v_cache_ptr + device_offs + token_major, mask=mask)
+                tl.store(k_host_ptr + host_offs + dim_major, tl.trans(k), mask=mask_t)
+                tl.store(v_host_ptr + host_offs + token_major, v, mask=mask)
+            else:
+                k = tl.load(k_host_ptr + host_offs + dim_major, mask=mask_t)
+                v = tl.load(v_host_ptr + host_offs + token_major, mask=mask)
+                tl.store(k_cache_ptr + device_offs + token_major, tl.trans(k), mask=mask)
+                tl.store(v_cache_ptr + device_offs + token_major, v, mask=mask)
 
 
 def swap_out_kv(
@@ -113,6 +115,8 @@ def swap_in_kv(
     k_host: torch.Tensor,
     v_host: torch.Tensor,
     host_block_ids: torch.Tensor,
+    *,
+    max_programs: int | None = None,
 ) -> None:
     """Copies blocks of all layers from the host pool to the device pool: `swap_out_kv` reversed.
 
@@ -124,11 +128,14 @@ def swap_in_kv(
         k_host: As there, but only read.
         v_host: As there, but only read.
         host_block_ids: [n], int32, device, contiguous; the blocks to copy.
+        max_programs: Most programs that do it, to leave room for kernels beside it; None: as many
+            as there are pieces.
 
     Raises:
         ValueError: As there.
     """
-    _launch(k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids, to_host=False)
+    pools = (k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids)
+    _launch(*pools, to_host=False, max_programs=max_programs)
 
 
 def _launch(
@@ -140,6 +147,7 @@ def _launch(
     host_block_ids: torch.Tensor,
     *,
     to_host: bool,
+    max_programs: int | None = None,
 ) -> None:
     """Checks the arguments of either direction and launches the kernel."""
     check_float("k_cache", k_cache, 5)
@@ -156,12 +164,15 @@ def _launch(
     _check_host("v_host", v_host, v_shape, k_cache)
     _check_layers("k_cache", k_cache, "v_cache", v_cache)
     _check_layers("k_host", k_host, "v_host", v_host)
+    if max_programs is not None and max_programs < 1:
+        raise wrong("max_programs", "at least 1", max_programs)
     if n == 0:
         return
-    swap_kv_kernel[(num_kv_heads, n, num_layers)](
+    num_pieces = num_layers * n * num_kv_heads
+    swap_kv_kernel[(min(num_pieces, max_programs or num_pieces),)](
         k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids,
-        k_cache.stride(0), k_host.stride(0),
-        HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        k_cache.stride(0), k_host.stride(0), n, num_pieces,
+        NUM_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         TILE_T=next_power_of_2(block_size), TILE_D=next_power_of_2(head_dim),
         TO_HOST=to_host, num_warps=4,
     )  # fmt: skip

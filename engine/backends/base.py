@@ -123,8 +123,19 @@ class Backend(Protocol):
     def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
         """Copy blocks of all layers from the device pool to the host pool, in step order."""
 
-    def swap_in(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
-        """Copy blocks of all layers from the host pool to the device pool, in step order."""
+    def swap_in(
+        self, device_blocks: Sequence[int], host_blocks: Sequence[int], *, beside: bool = False
+    ) -> None:
+        """Copy blocks of all layers from the host pool to the device pool, in step order.
+
+        Args:
+            device_blocks: Where to.
+            host_blocks: Where from.
+            beside: Nothing touches the blocks, on either side, before `join_arrivals`.
+        """
+
+    def join_arrivals(self) -> None:
+        """Let work launched after this wait for blocks that were swapped in beside a step."""
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
         """Announce a step and give the CPU its part of it."""
@@ -147,7 +158,7 @@ class Backend(Protocol):
         """
 
     def join_copies(self) -> None:
-        """Let work launched after this wait for all copies between host and device so far."""
+        """Let work launched after this wait for all copies of the step, but for arrivals."""
 
     def end_step(self) -> HostStepTimes | None:
         """Wait until the CPU has left the oldest step that was begun and not ended.

@@ -98,8 +98,10 @@ class CpuBackend:
         host.k_pool[:, host_blocks] = self._k_cache[:, device_blocks]
         host.v_pool[:, host_blocks] = self._v_cache[:, device_blocks]
 
-    def swap_in(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
-        """Copy blocks from the host pool; see `Backend`."""
+    def swap_in(
+        self, device_blocks: Sequence[int], host_blocks: Sequence[int], *, beside: bool = False
+    ) -> None:
+        """Copy blocks from the host pool, at once; see `Backend`."""
         host = self._checked_host()
         self._k_cache[:, device_blocks] = host.k_pool[:, host_blocks]
         self._v_cache[:, device_blocks] = host.v_pool[:, host_blocks]
@@ -122,6 +124,9 @@ class CpuBackend:
         """Give the CPU its part; see `Backend`."""
         if self._host is not None:
             self._host.begin_step(work)
+
+    def join_arrivals(self) -> None:
+        """Nothing to do: copies are made at once."""
 
     def join_copies(self) -> None:
         """Nothing to do: copies are made at once."""

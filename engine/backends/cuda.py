@@ -137,9 +137,19 @@ class CudaBackend:
         """Copy blocks to the host pool, under the step's compute; see `Backend`."""
         self._checked_swaps().start(device_blocks, host_blocks, to_host=True)
 
-    def swap_in(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+    def swap_in(
+        self, device_blocks: Sequence[int], host_blocks: Sequence[int], *, beside: bool = False
+    ) -> None:
         """Copy blocks from the host pool, under the step's compute; see `Backend`."""
-        self._checked_swaps().start(device_blocks, host_blocks, to_host=False)
+        if beside:
+            self._checked_swaps().start_arrivals(device_blocks, host_blocks)
+        else:
+            self._checked_swaps().start(device_blocks, host_blocks, to_host=False)
+
+    def join_arrivals(self) -> None:
+        """Let later work wait for blocks that come in beside a step; see `Backend`."""
+        if self._swaps is not None:
+            self._swaps.join_arrivals()
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
         """Announce a step and begin it; see `Backend`."""

@@ -155,7 +155,7 @@ def _host_parts(prediction: StepPrediction) -> tuple[str, str]:
 
 
 def _tells_handover(prediction: StepPrediction, measured: StepMeasurement) -> bool:
-    if measured.handover_s is not None or prediction.handover_s == 0 or prediction.swap_s > 0:
+    if measured.handover_s is not None or prediction.handover_s == 0 or prediction.moves_kv:
         return False
     attention_s = measured.cpu_attention_s or 0.0
     return not prediction.rotates or attention_s < _HIDDEN_SHARE * measured.step_s
@@ -177,7 +177,7 @@ def _parts(prediction: StepPrediction) -> dict[str, float]:
 def _attribute(prediction: StepPrediction, step_s: float) -> dict[str, float | None]:
     """Share out a step's time, known as a whole only, among the parts that explain it."""
     parts, names = _parts(prediction), _host_parts(prediction)
-    if prediction.swap_s > 0:
+    if prediction.moves_kv:
         return {}  # how much of it the move took is anybody's guess
     if parts[names[0]] == 0:
         return {name: parts[name] * step_s / prediction.step_s for name in _DEVICE_PARTS}

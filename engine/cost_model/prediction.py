@@ -193,6 +193,7 @@ def predict(
     loads: Sequence[SubBatchLoad],
     *,
     swap_tokens: int = 0,
+    arriving_tokens: int = 0,
     prefill_weight: float = 0.0,
 ) -> StepPrediction:
     """Predict a step.
@@ -202,6 +203,7 @@ def predict(
         loads: The sub-batches; those without rows cost nothing. Rotating rows are in one that is
             alone.
         swap_tokens: Tokens whose K and V move before the step computes.
+        arriving_tokens: Tokens whose K and V come to the device while it computes.
         prefill_weight: Decode tokens that a prefill token is worth.
     """
     is_graph = _is_graph(loads)
@@ -236,7 +238,8 @@ def predict(
     num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads) + visitors
     swap_s = model.swap_s(swap_tokens)
     exposed_swap_s = swap_s if is_graph else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
-    device_s = max(layers_s, copies_s, launch_s, swap_s) + min(swap_s, exposed_swap_s)
+    arriving_s = model.swap_s(arriving_tokens)
+    device_s = max(layers_s, copies_s, launch_s, arriving_s, swap_s) + min(swap_s, exposed_swap_s)
     device_s += model.fixed_step_s(num_sampled)
     step_s = max(device_s, rotating_s)
     rotated = sum(load.num_rotating for load in loads) / rotation_steps(model)
@@ -255,5 +258,6 @@ def predict(
         prompt_copy_s=copies_s,
         launch_s=launch_s,
         fixed_s=model.fixed_step_s(num_sampled),
+        arriving_s=arriving_s,
         rotates=any(load.num_rotating for load in loads),
     )

@@ -26,10 +26,10 @@ _MOST_REUSED = 8
 """Looks at a load after which the gain is computed again, because predictions are corrected."""
 _CHANGE_GAIN = 1.1
 """What the other way of using the host must promise over the present one."""
-_WHOLE_QUEUE_GAIN = 0.15
-"""What the gain must be higher if all requests there are went to the host, less in proportion, and
-decodes alone would not pay there: such a queue is too short for a steady state. Its prompts come
-first, which hide the host's work, then its decodes, which do not."""
+_WHOLE_QUEUE_LOSS = 0.2
+"""What a queue may lose of the steady state's gain if all of its requests go to the host and only
+prompts beside them make that pay, less in proportion if fewer go: it is too short for a steady
+state. Its prompts come first, which hide the host's work, then its decodes, which do not."""
 _MEMORY = 0.05
 """Weight of the newest finished request in the mean output length."""
 
@@ -61,14 +61,14 @@ class MeanLoad:
 class OffloadTarget:
     """Best number of host-resident requests, and throughput with them over that without.
 
-    `rotates` says whether that takes overlap mode, `needs_prompts` that only prompts beside them
-    make those requests pay.
+    `rotates` says whether that takes overlap mode. `loss` is how much of the throughput may be lost
+    again at the beginning and the end, because there are not more requests.
     """
 
     num_host: int
     gain: float
     rotates: bool = False
-    needs_prompts: bool = False
+    loss: float = 0.0
 
 
 class OffloadPolicy:
@@ -123,10 +123,7 @@ class OffloadPolicy:
             return
         self._num_reused, self._last_load = 0, load
         self.target = self.best_target(load)
-        margin = self._config.min_offload_gain - 1
-        if self.target.needs_prompts:
-            on_host = min(self.target.num_host, load.num_requests) / load.num_requests
-            margin += _WHOLE_QUEUE_GAIN * on_host
+        margin = max(self._config.min_offload_gain - 1, self.target.loss)
         self.offloads = self.target.gain >= 1 + (margin / 2 if self.offloads else margin)
 
     def _mean_load(self, running: Sequence[Request], waiting: Sequence[Request]) -> MeanLoad:
@@ -153,13 +150,24 @@ class OffloadPolicy:
         rotating = _highest(lambda n: self._rotating_rate(load, num_device, n), most)
         rotates = self._prefers_rotating(in_one_go[0], rotating[0])
         rate, num_host = rotating if rotates else in_one_go
-        needs_prompts = not rotates and not self._decodes_pay(load, num_device, num_host)
+        loss = self._loss(load, num_device, num_host, rotates)
         if num_host == demand - num_device:
             # All of them, also those that the device holds fewer of than their mean length says.
             num_host = self._config.max_num_seqs
         if baseline == 0.0:
             return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
-        return OffloadTarget(num_host, rate / baseline, rotates, needs_prompts)
+        return OffloadTarget(num_host, rate / baseline, rotates, loss)
+
+    def _loss(self, load: MeanLoad, num_device: int, num_host: int, rotates: bool) -> float:
+        """Return what a queue of this length may lose of the steady state's gain."""
+        if rotates:
+            # Simulated queues lost about what they do in the steps that fill a rotation.
+            filling = rotation_steps(self._model)
+            per_step = num_device + num_host / filling
+            return filling * per_step / (load.num_requests * load.output_tokens)
+        if self._decodes_pay(load, num_device, num_host):
+            return 0.0
+        return _WHOLE_QUEUE_LOSS * min(num_host, load.num_requests) / load.num_requests
 
     def _prefers_rotating(self, in_one_go: float, rotating: float) -> bool:
         """Return which way of using the host to take, by what each promises."""
@@ -206,12 +214,12 @@ class OffloadPolicy:
         All requests start there and move to the device when it is their turn.
         """
         num_decodes = num_device + num_host / rotation_steps(self._model)
-        swap_tokens = round(num_decodes / load.output_tokens * load.resident_tokens)
+        arriving_tokens = round(num_decodes / load.output_tokens * load.resident_tokens)
 
         def time(base: SubBatchLoad) -> float:
             tokens = num_host * load.resident_tokens
             rotating = replace(base, num_rotating=num_host, rotating_tokens=tokens)
-            return predict(self._model, [rotating], swap_tokens=swap_tokens).step_s
+            return predict(self._model, [rotating], arriving_tokens=arriving_tokens).step_s
 
         step_s = self._step_s(load, num_device, num_decodes, 1.0, time)
         if step_s * rotation_steps(self._model) > self._config.tpot_limit_s:

@@ -29,6 +29,8 @@ class Residency:
             )
         self.device = device
         self.host = host
+        self._left: list[str] = []
+        """Requests on the device whose blocks on the host are being read."""
 
     def pool_of(self, request: Request) -> BlockPool:
         """Return the pool that holds a request's blocks, or will."""
@@ -58,6 +60,8 @@ class Residency:
         self.device.free(request.request_id)
         if self.host is not None:
             self.host.free(request.request_id)
+        if request.request_id in self._left:
+            self._left.remove(request.request_id)
         request.placement = Placement.DEVICE
         request.rotation_layer = None
 
@@ -69,15 +73,27 @@ class Residency:
         """Move a request to the host and make room for all its tokens there."""
         assert self.host is not None
         source, target = self._move(request, self.device, self.host, step)
+        self.device.free(request.request_id)
         request.placement = Placement.HOST
         return Swap(request, device_blocks=source, host_blocks=target)
 
     def swap_in(self, request: Request, step: int) -> Swap:
-        """Move a request to the device and make room for all its tokens there."""
+        """Move a request to the device and make room for all its tokens there.
+
+        Its blocks on the host are kept until `settle`: the step may read them while it computes.
+        """
         assert self.host is not None
         source, target = self._move(request, self.host, self.device, step)
+        self._left.append(request.request_id)
         request.placement = Placement.DEVICE
         return Swap(request, device_blocks=target, host_blocks=source)
+
+    def settle(self) -> None:
+        """Free the blocks that were swapped in since the last call; a new step waits for them."""
+        for name in self._left:
+            assert self.host is not None
+            self.host.free(name)
+        self._left.clear()
 
     def _move(
         self, request: Request, source: BlockPool, target: BlockPool, step: int
@@ -86,7 +102,6 @@ class Residency:
         num_blocks = source.blocks_for(request.num_computed_tokens)
         target.grow(name, request.num_tokens)
         blocks = _first(source.block_table(name), num_blocks)
-        source.free(name)
         request.num_swaps += 1
         request.rotation_layer = None
         request.num_skipped_steps = 0

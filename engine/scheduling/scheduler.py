@@ -5,7 +5,8 @@ is left of the token budget goes to prefill chunks. A request is wholly on the d
 the host. When device blocks run out, the request that came last moves to the host, or is preempted:
 its blocks are freed and its tokens are computed again later. Plain Python, no torch.
 
-Nobody starves. Device-resident rows decode in every step. A host-resident row whose prompt is done
+Nobody starves. Device-resident rows decode in every step but the one in which they come from the
+host, if there are others. A host-resident row whose prompt is done
 is computed at the latest after `max_skipped_steps` (parked ones: `max_parked_steps`) and one more
 step for each other host-resident row, since a due step computes at least the most overdue one; or
 it begins to rotate, and goes on in every overlap step while those pay.
@@ -93,11 +94,16 @@ class Scheduler:
     def plan_step(self) -> StepPlan:
         """Choose what the next step computes and reserve its blocks."""
         plan = StepPlan()
+        self.residency.settle()
         self.policy.update(self._running, self._waiting)
         self._reserve_host_decodes(plan)
         self._reserve_device_decodes(plan)
         self._swap_in(plan)
+        plan.moves_beside = bool(plan.swaps_in)
         choice = self._former.form(self._view(plan))
+        if plan.moves_beside and choice.draft.is_empty:
+            plan.moves_beside = False  # there is nothing else to do
+            choice = self._former.form(self._view(plan))
         self._commit(plan, choice)
         self._num_steps += 1
         return plan
@@ -217,11 +223,14 @@ class Scheduler:
         headroom = self.config.headroom_blocks * len(on_host)
         target = self.policy.target.num_host if self.policy.offloads else 0
         needs_host = bool(self._waiting) and not self._rules.fits_device(self._waiting[0], 0)
-        swaps = plan.swaps_out + plan.swaps_in
+        moved = sum(s.request.num_computed_tokens for s in plan.swaps_out + plan.swaps_in)
+        arriving = {swap.request for swap in plan.swaps_in} if plan.moves_beside else set()
         return StepView(
-            gdec=[request for request in on_device if _decodes(request)],
+            gdec=[r for r in on_device if _decodes(r) and r not in arriving],
             cdec=sorted(cdec, key=lambda r: (self._rules.patience(r), r.sequence)),
-            prefilling=[r for r in self._running if r.num_uncomputed_tokens > 1],
+            prefilling=[
+                r for r in self._running if r.num_uncomputed_tokens > 1 and r not in arriving
+            ],
             waiting=self._waiting,
             num_running=len(self._running),
             device_free=0 if self._device_is_spoken_for(on_host) else device.num_free,
@@ -230,7 +239,8 @@ class Scheduler:
             host_room=max(0, target - len(on_host)),
             block_size=device.block_size,
             can_admit=not self._running or not (plan.preempted or plan.swaps_out),
-            swap_tokens=sum(swap.request.num_computed_tokens for swap in swaps),
+            swap_tokens=0 if arriving else moved,
+            arriving_tokens=moved if arriving else 0,
             uses_host=host is not None and bool(on_host or target or needs_host),
             rotates=self.policy.target.rotates if self.policy.offloads else None,
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,

@@ -202,7 +202,11 @@ class StepFormer:
         weight: float,
     ) -> Draft:
         prediction = predict(
-            self._model, loads, swap_tokens=view.swap_tokens, prefill_weight=weight
+            self._model,
+            loads,
+            swap_tokens=view.swap_tokens,
+            arriving_tokens=view.arriving_tokens,
+            prefill_weight=weight,
         )
         waits = bool(view.gdec or view.cdec)
         return Draft(

@@ -25,6 +25,7 @@ class StepView:
         block_size: Tokens of a block.
         can_admit: New requests may start.
         swap_tokens: Tokens that move before the step, whatever is chosen.
+        arriving_tokens: Tokens that move to the device beside the step.
         uses_host: The host may take part.
         rotates: Its rows should rotate, or else be computed in one go; None: whatever is best now.
         least_gain: Rate with host-resident rows over that without from which they are computed.
@@ -45,6 +46,7 @@ class StepView:
     block_size: int
     can_admit: bool
     swap_tokens: int
+    arriving_tokens: int
     uses_host: bool
     rotates: bool | None
     least_gain: float

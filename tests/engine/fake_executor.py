@@ -1,5 +1,7 @@
 """Stands for the model, the two memories and the clock: what is in which block, and what if not."""
 
+from collections.abc import Sequence
+
 from engine.cost_model import CostModel, load_of, predict, rotation_steps
 from engine.kv_blocks import BlockPool
 from engine.request import Placement, Request, RequestState
@@ -29,6 +31,8 @@ class FakeExecutor:
         self.cost_model = cost_model
         self.time_s = 0.0
         self.memory: dict[Block, Content] = {}
+        self.arrivals: list[Swap] = []
+        """Blocks that move beside the step before, as late as they may."""
         self.rotation: dict[Request, int] = {}
         """Layers whose attention the CPU has computed since the last overlap step."""
 
@@ -50,10 +54,19 @@ class FakeExecutor:
         return [item.end for item in plan.sampling]
 
     def move_blocks(self, plan: StepPlan) -> None:
+        for swap in self.arrivals:
+            self.copy(swap.host_blocks, Placement.HOST, swap.device_blocks, Placement.DEVICE)
+        self.arrivals = []
         for swap in plan.swaps_out:
-            self.move(swap, Placement.DEVICE, Placement.HOST)
+            self.check_swap(swap, Placement.HOST)
+            self.copy(swap.device_blocks, Placement.DEVICE, swap.host_blocks, Placement.HOST)
         for swap in plan.swaps_in:
-            self.move(swap, Placement.HOST, Placement.DEVICE)
+            self.check_swap(swap, Placement.DEVICE)
+        if plan.moves_beside:
+            self.arrivals = plan.swaps_in
+            return
+        for swap in plan.swaps_in:
+            self.copy(swap.host_blocks, Placement.HOST, swap.device_blocks, Placement.DEVICE)
 
     def check_rows(self, plan: StepPlan) -> None:
         scheduled = [item for s in plan.sub_batches for item in s.resident]
@@ -86,9 +99,8 @@ class FakeExecutor:
     def check_prediction(self, plan: StepPlan) -> None:
         """What the scheduler predicted is what the plan's rows cost, and it chose the better."""
         assert plan.prediction is not None
-        moved = sum(s.request.num_computed_tokens for s in plan.swaps_out + plan.swaps_in)
         loads = [load_of(self.cost_model, sub_batch) for sub_batch in plan.sub_batches]
-        again = predict(self.cost_model, loads, swap_tokens=moved)
+        again = predict(self.cost_model, loads, **moved_tokens(plan))
         assert abs(again.step_s - plan.prediction.step_s) <= 1e-9 * again.step_s
         baseline, limit_s = plan.gpu_only_prediction, self.limits.tpot_limit_s
         if baseline is None or self.limits.mode in ("asymmetric", "overlap") or plan.forced:
@@ -100,9 +112,8 @@ class FakeExecutor:
         if baseline.step_s <= limit_s and plan.mode is not StepMode.OVERLAP:
             assert plan.prediction.tokens_per_s >= baseline.tokens_per_s * (1 - 1e-9)
 
-    def move(self, swap: Swap, source: Placement, target: Placement) -> None:
-        blocks = {Placement.DEVICE: swap.device_blocks, Placement.HOST: swap.host_blocks}
-        request = swap.request
+    def check_swap(self, swap: Swap, target: Placement) -> None:
+        blocks, request = _blocks(swap), swap.request
         assert request.placement is target
         assert request.state is RequestState.RUNNING
         pool = self.pools[target]
@@ -110,8 +121,12 @@ class FakeExecutor:
         num_blocks = pool.blocks_for(request.num_computed_tokens)
         assert num_blocks == len(swap.device_blocks) == len(swap.host_blocks) > 0
         assert tuple(pool.block_table(request.request_id)[:num_blocks]) == blocks[target]
-        for old, new in zip(blocks[source], blocks[target], strict=True):
-            self.memory[target, new] = self.memory.pop((source, old))
+
+    def copy(
+        self, old: Sequence[int], source: Placement, new: Sequence[int], target: Placement
+    ) -> None:
+        for old_block, new_block in zip(old, new, strict=True):
+            self.memory[target, new_block] = self.memory.pop((source, old_block))
 
     def rotate(self, plan: StepPlan) -> None:
         """Every row goes on where the last overlap step left it, with its place in the cache."""
@@ -134,6 +149,9 @@ class FakeExecutor:
         pool = self.pools[placement]
         table = pool.block_table(request.request_id)
         size = pool.block_size
+        assert request not in {swap.request for swap in self.arrivals}
+        moving = {block for swap in self.arrivals for block in _blocks(swap)[placement]}
+        assert not moving.intersection(table), "a block that moves is in use"
         assert item.start == request.num_computed_tokens
         assert item.num_tokens >= 1
         assert item.end <= request.num_tokens
@@ -144,6 +162,16 @@ class FakeExecutor:
         for index in range(item.start // size, pool.blocks_for(item.end)):
             filled = min(size, item.end - index * size)
             self.memory[placement, table[index]] = (request.request_id, index, filled)
+
+
+def moved_tokens(plan: StepPlan) -> dict[str, int]:
+    """Return what moves before a step, and what beside it, as `predict` takes it."""
+    moved = sum(s.request.num_computed_tokens for s in plan.swaps_out + plan.swaps_in)
+    return {"arriving_tokens" if plan.moves_beside else "swap_tokens": moved}
+
+
+def _blocks(swap: Swap) -> dict[Placement, Sequence[int]]:
+    return {Placement.DEVICE: swap.device_blocks, Placement.HOST: swap.host_blocks}
 
 
 def run_to_end(scheduler: Scheduler, executor: FakeExecutor) -> list[StepPlan]:

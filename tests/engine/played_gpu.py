@@ -1,10 +1,12 @@
-"""What only a GPU does, played by the CPU: hand-overs by channels, steps from static buffers."""
+"""What only a GPU does, played by the CPU: channels, copies that take time, static buffers."""
 
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from engine.backends.channels import PinnedBuffers
+from engine.backends.cpu import CpuBackend
 from engine.backends.doorbells import HostDoorbells
 from engine.backends.handover import DeviceHandover
 from engine.backends.host_attention import HostAttention
@@ -39,6 +41,36 @@ def use_channels(patch: pytest.MonkeyPatch) -> None:
         make(self, kernels, shape, size, device, played)
 
     patch.setattr(HostAttention, "__init__", make_with_channels)
+
+
+def let_arrivals_come_late(patch: pytest.MonkeyPatch) -> list[Sequence[int]]:
+    """Let a CPU that plays the device copy what comes beside a step as late as a GPU may.
+
+    Until then, NaN stands where it is to come.
+
+    Returns:
+        The blocks of each arrival so far; it grows.
+    """
+    swap_in, arrived = CpuBackend.swap_in, []
+    on_their_way: list[tuple[Sequence[int], Sequence[int]]] = []
+
+    def swap_in_late(self, device_blocks, host_blocks, *, beside: bool = False) -> None:
+        if not beside:
+            swap_in(self, device_blocks, host_blocks)
+            return
+        for cache in (self._k_cache, self._v_cache):
+            cache[:, device_blocks] = float("nan")
+        on_their_way.append((device_blocks, host_blocks))
+
+    def join_arrivals(self) -> None:
+        for device_blocks, host_blocks in on_their_way:
+            swap_in(self, device_blocks, host_blocks)
+            arrived.append(device_blocks)
+        on_their_way.clear()
+
+    patch.setattr(CpuBackend, "swap_in", swap_in_late)
+    patch.setattr(CpuBackend, "join_arrivals", join_arrivals)
+    return arrived
 
 
 def ring_nobody(patch: pytest.MonkeyPatch) -> None:

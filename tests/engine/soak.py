@@ -29,7 +29,7 @@ NUM_OUTPUT = 40
 OPTIONS = {"load_format": "dummy", "dtype": "float32", "max_model_len": 128, "threads": 1}
 SMALL_POOLS = {"device_kv_blocks": 24, "max_num_seqs": 24, "max_num_batched_tokens": 96}
 MOST_AT_ONCE = 40
-CANCEL_CHANCE = 0.01
+CANCEL_CHANCE = 0.03
 PAUSES = 8
 """Times that the engine is let run dry."""
 FLAT_BYTES = 64 * 2**20
@@ -91,6 +91,7 @@ def soak(
     expected: list[list[int]],
     *,
     seed: int = 0,
+    least_steps: int = 0,
 ) -> Soak:
     """Serve random requests for a while and check all that comes back.
 
@@ -102,6 +103,7 @@ def soak(
         prompts: What requests ask.
         expected: The answer to each.
         seed: Of arrivals, lengths and cancellations.
+        least_steps: Steps that it takes at least, however long they take.
     """
     found = Soak(mode)
     host = {} if mode == "gpu-only" else {"host_kv_gb": 0.02}
@@ -110,7 +112,8 @@ def soak(
         driver = _Driver(llm.engine, prompts, expected, found, seed)
         start = time.monotonic()
         for pause in range(1, PAUSES + 1):
-            driver.run(until=start + pause * seconds / PAUSES)
+            until, steps = start + pause * seconds / PAUSES, pause * least_steps / PAUSES
+            driver.run(until, steps)
             _note_pause(llm.engine, found)
         stats = llm.engine.stats
         found.num_steps, found.num_graph_steps = stats.num_steps, stats.graph_steps
@@ -144,10 +147,17 @@ class _Driver:
         self._rng = random.Random(seed)
         self._live: dict[str, tuple[int, int]] = {}
 
-    def run(self, until: float) -> None:
-        """Keep the engine busy until a time of `time.monotonic`, then until it has run dry."""
-        while time.monotonic() < until or self._live:
-            if time.monotonic() < until and len(self._live) < MOST_AT_ONCE:
+    def run(self, until: float, steps: float) -> None:
+        """Keep the engine busy for a while, then until it has run dry.
+
+        Args:
+            until: When it may end, by `time.monotonic`.
+            steps: And after how many steps of the engine.
+        """
+        stats, goes_on = self._engine.stats, True
+        while goes_on or self._live:
+            goes_on = time.monotonic() < until or stats.num_steps < steps
+            if goes_on and len(self._live) < MOST_AT_ONCE:
                 for _ in range(self._rng.choice([0, 0, 0, 1, 2])):
                     self._add()
             if self._live and self._rng.random() < CANCEL_CHANCE:

@@ -14,6 +14,7 @@ from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import SchedulerConfig
 from engine.step_plan import StepMeasurement, StepPlan
+from tests.engine.fake_executor import moved_tokens
 from workloads.request import WorkloadRequest
 from workloads.simulation.simulator import OnStep, Simulation, Simulator
 
@@ -97,8 +98,7 @@ class SurprisingSimulator(Simulator):
     def _count(self, plan: StepPlan, simulation: Simulation) -> float:
         super()._count(plan, simulation)
         loads = [load_of(self.real, sub_batch) for sub_batch in plan.sub_batches]
-        moved = sum(swap.request.num_computed_tokens for swap in plan.swaps_out + plan.swaps_in)
-        real = predict(self.real, loads, swap_tokens=moved)
+        real = predict(self.real, loads, **moved_tokens(plan))
         attention_s = sum(real.cpu_attention_s) or None
         assert plan.prediction is not None
         self.corrected.observe(

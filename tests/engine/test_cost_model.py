@@ -142,6 +142,17 @@ def test_moves_hide_behind_all_but_the_first_layers_except_in_graphs() -> None:
     assert moved_s == pytest.approx(model.swap_s(500))
 
 
+def test_arrivals_hide_behind_the_step_unless_they_are_longer() -> None:
+    model = make_cost_model(num_layers=3)
+    load = SubBatchLoad(num_gdec=2, gdec_tokens=1000)
+    alone = predict(model, [load])
+    assert predict(model, [load], arriving_tokens=500).step_s == alone.step_s
+    longer = predict(model, [load], arriving_tokens=1500)
+    assert longer.step_s == pytest.approx(longer.arriving_s + alone.fixed_s)
+    assert longer.swap_s == 0
+    assert longer.moves_kv
+
+
 def test_a_rotation_hides_behind_the_whole_step() -> None:
     model = make_cost_model(num_layers=3, cpu_token_s=1e-6, handover_s=1e-6)
     base = SubBatchLoad(num_gdec=2, gdec_tokens=1000)

@@ -167,9 +167,10 @@ def test_a_rotation_that_ends_a_step_does_not_teach_the_hand_over() -> None:
         assert (model.factors["rotating_handover"] > before) == (attention_s < step_s)
 
 
-def test_a_step_that_moved_blocks_teaches_nothing_as_a_whole() -> None:
+@pytest.mark.parametrize("moved", [{"swap_tokens": 100}, {"arriving_tokens": 100}])
+def test_a_step_that_moved_blocks_teaches_nothing_as_a_whole(moved: dict[str, int]) -> None:
     model = CorrectedCostModel(make_cost_model())
-    prediction = predict(model, DECODES, swap_tokens=100)
+    prediction = predict(model, DECODES, **moved)
     model.observe(prediction, StepMeasurement(step_s=100.0))
     assert set(model.factors.values()) == {1.0}
 

@@ -10,7 +10,7 @@ import pytest
 from engine.graph_shapes import row_ladder, token_ladder
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
-from tests.engine.played_gpu import use_channels, use_static_buffers
+from tests.engine.played_gpu import let_arrivals_come_late, use_channels, use_static_buffers
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES, GPU_MARKS
 
@@ -132,6 +132,7 @@ def test_static_buffers_change_nothing(folder: Path, monkeypatch, params, ahead:
 
     use_static_buffers(monkeypatch)
     use_channels(monkeypatch)
+    arrived = let_arrivals_come_late(monkeypatch)
     host = {"host_kv_gb": 0.02, "device_kv_blocks": 8}
     modes = [{"mode": mode, **host} for mode in ("asymmetric", "overlap", "auto")]
     few = {"device_kv_blocks": 9, "max_num_seqs": 5, "max_num_batched_tokens": 16}
@@ -139,6 +140,7 @@ def test_static_buffers_change_nothing(folder: Path, monkeypatch, params, ahead:
         with make_llm(folder, "cpu", **{**options, **more}) as llm:
             assert completions(llm, params) == expected
             assert llm.engine.stats.graph_steps > 0
+    assert arrived
 
 
 @pytest.mark.parametrize("params", [pytest.param(p, marks=GPU_MARKS) for p in (GREEDY, MIXED)])

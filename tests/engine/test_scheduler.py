@@ -141,9 +141,13 @@ class Run:
             if request.num_uncomputed_tokens == 1 and not request.awaits_last_token:
                 assert request.num_skipped_steps <= self.most_skipped
         scheduled = {item.request for item in plan.scheduled}
+        arriving = {swap.request for swap in plan.swaps_in if plan.moves_beside}
+        assert not arriving or not plan.is_empty, "nothing is done beside the move"
+        assert not arriving & (scheduled | {row.share.request for row in plan.rotating})
         for request in unfinished:
             on_device = request.placement is Placement.DEVICE
             runs = request.state is RequestState.RUNNING and not request.awaits_last_token
+            runs = runs and request not in arriving
             if runs and request.num_uncomputed_tokens == 1:
                 assert request in scheduled or not on_device, "a device-resident decode waits"
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import ConfigError
 from engine.kv_blocks import BlockPool
-from engine.request import FinishReason
+from engine.request import FinishReason, Placement
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.step_plan import StepMode, StepPlan
 from tests.engine.cost_tables import make_cost_model
@@ -114,6 +114,29 @@ def test_under_pressure_the_last_come_moves_out_and_comes_back_once_there_is_roo
     assert [s.request for plan in plans for s in plan.swaps_in] == [second]
     assert {plan.mode for plan in plans} == {StepMode.GPU_ONLY}
     assert first.num_preemptions == second.num_preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "lengths", "has_company"), [(6, [8, 14], False), (10, [8, 20, 14], True)]
+)
+def test_who_comes_to_the_device_sits_a_step_out_if_others_go_on(
+    num_blocks: int, lengths: list[int], has_company: bool
+) -> None:
+    cost_model = make_cost_model(cpu_token_s=1e-2, swap_token_s=1e-9)
+    options = {"cost_model": cost_model, "swap_cooldown_steps": 2}
+    scheduler, executor = make_scheduler(num_blocks, 40, **options)
+    for length in lengths:
+        scheduler.add(make_request(str(length), 6, length))
+    host = executor.pools[Placement.HOST]
+    while not (plan := step(scheduler, executor)).swaps_in:
+        assert list(scheduler.requests()), "nobody came back"
+    [swap] = plan.swaps_in
+    assert plan.moves_beside == has_company
+    assert (swap.request in {item.request for item in plan.scheduled}) != has_company
+    assert set(swap.host_blocks) <= set(host.block_table(swap.request.request_id))
+    following = step(scheduler, executor)
+    assert swap.request in {item.request for item in following.scheduled}
+    assert host.num_used == 0
 
 
 def test_swapping_that_costs_more_than_computing_again_is_not_done() -> None:

@@ -123,7 +123,7 @@ def test_the_host_is_not_used_in_one_way_now_and_in_another_then(slow_answers) -
     auto = simulate(
         H200,
         LLAMA2_7B,
-        summarize_like(200),
+        summarize_like(300),
         mode="auto",
         on_step=lambda plan, now, simulator: modes.append(plan.mode),
         **options,
@@ -131,7 +131,7 @@ def test_the_host_is_not_used_in_one_way_now_and_in_another_then(slow_answers) -
     host = [mode for mode in modes if mode is not StepMode.GPU_ONLY]
     assert sum(a is not b for a, b in pairwise(host)) <= 20
     for mode, least in (("overlap", 0.95), ("asymmetric", 1.0), ("gpu-only", 1.5)):
-        other = simulate(H200, LLAMA2_7B, summarize_like(200), mode=mode, **options)
+        other = simulate(H200, LLAMA2_7B, summarize_like(300), mode=mode, **options)
         assert auto.requests_per_s >= least * other.requests_per_s
 
 

@@ -44,6 +44,9 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "store": lambda: checks.check_store(4, head_dim=24, device="cpu"),
     "swap": lambda: checks.check_swap(3, head_dim=24, device="cpu"),
+    "swap_few_programs": lambda: checks.check_swap(
+        3, num_kv_heads=3, head_dim=24, device="cpu", max_programs=4
+    ),
     "swap_nothing": lambda: checks.check_swap(0, device="cpu"),
     "handover": lambda: checks.check_handover(3, 2, width=72, device="cpu"),
     "handover_nothing": lambda: checks.check_handover(2, 0, device="cpu"),

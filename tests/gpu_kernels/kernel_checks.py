@@ -299,6 +299,7 @@ def check_swap(
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
     pinned: bool = False,
+    max_programs: int | None = None,
 ) -> None:
     """Swaps shuffled blocks out and in elsewhere; the host pool is pinned or on the device."""
     generator = torch.Generator().manual_seed(7)
@@ -327,7 +328,7 @@ def check_swap(
     none = ids.new_full((2,), -1)
     padded = torch.cat([host_ids, none])
     swap_out_kv(*old, torch.cat([ids, none]), *host, padded)
-    swap_in_kv(*new, torch.cat([new_ids, none]), *host, padded)
+    swap_in_kv(*new, torch.cat([new_ids, none]), *host, padded, max_programs=max_programs)
     if device == "cuda":
         torch.cuda.synchronize()
     for got, expected in zip(

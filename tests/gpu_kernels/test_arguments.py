@@ -153,6 +153,7 @@ WRONG_VALUES = [
     ("rope", {"positions": zeros(2 * N, dtype=I64)[::2]}, "positions"),
     ("rope", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
     ("store", {"slot_mapping": zeros(2 * N, dtype=I64)[::2]}, "slot_mapping"),
+    ("swap_in", {"max_programs": 0}, "max_programs"),
     ("send", {"src": zeros(D, N).t()}, "src"),
     ("send", {"rows": zeros(2, D, N).transpose(1, 2)}, "rows"),
     ("receive", {"bells": zeros(3, 2, 16, dtype=I32)}, "bells"),
