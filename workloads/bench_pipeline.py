@@ -8,7 +8,8 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler_config import MODES, SchedulerConfig
 from engine.step_in_flight import StepResult
 from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
+from workloads.copies_beside import CopiesBeside
 from workloads.gpu_points import run_to_end
 from workloads.model_shapes import model_shape_folder
 from workloads.result_file import write_result
@@ -103,6 +105,31 @@ class StepBench:
         Returns:
             Milliseconds of the parts.
         """
+        with self.rotation(device_rows, host_rows, host_len) as run:
+            results = [run() for _ in range(REPEATS)]
+            kernels = kernel_ms(run)
+        loads = {
+            "mode": StepMode.OVERLAP.value,
+            "device_rows": device_rows,
+            "host_rows": host_rows,
+            "lanes": 1,
+            "host_len": host_len,
+        }
+        return loads | _times(results, kernels)
+
+    @contextmanager
+    def decodes(self, device_rows: int) -> Iterator[Callable[[], StepResult]]:
+        """Provide what runs a step of device-resident decodes."""
+        gdec = self.rows(device_rows, on_host=False, context_len=self._context_len)
+        plan = StepPlan(sub_batches=[SubBatch(gdec=gdec)])
+        yield lambda: self._runner.execute(plan)
+        self._free(gdec)
+
+    @contextmanager
+    def rotation(
+        self, device_rows: int, host_rows: int, host_len: int
+    ) -> Iterator[Callable[[], StepResult]]:
+        """Provide what runs a step of a rotation that is full, beside device-resident decodes."""
         gdec = self.rows(device_rows, on_host=False, context_len=self._context_len)
         shares = self.rows(host_rows, on_host=True, context_len=host_len)
         num_layers = self._runner.model_config.num_layers
@@ -120,19 +147,12 @@ class StepBench:
                 row.share.request.rotation_layer = None if row.samples else row.next_layer
             return result
 
-        results = [run() for _ in range(num_layers + 1 + REPEATS)][num_layers + 1 :]
-        kernels = kernel_ms(run)
+        for _ in range(num_layers + 1):
+            run()
+        yield run
         for share in shares:
             share.request.rotation_layer = None
         self._free(gdec + shares)
-        loads = {
-            "mode": StepMode.OVERLAP.value,
-            "device_rows": device_rows,
-            "host_rows": host_rows,
-            "lanes": 1,
-            "host_len": host_len,
-        }
-        return loads | _times(results, kernels)
 
     def _free(self, items: Sequence[ScheduledRequest]) -> None:
         for item in items:
@@ -197,6 +217,12 @@ def run(model: str, device_kv_blocks: int, host_kv_gb: float, context_len: int) 
         rows.append(bench.measure(device_rows, host_rows, 2, 1))
     rows.append(bench.measure(device_rows, 16, 1, context_len))
     rows += [bench.measure_overlap(device_rows, n, context_len) for n in ROTATING_ROWS]
+    beside = []
+    copies = CopiesBeside(runner.model_config, config.block_size, runner.dtype, runner.device)
+    with bench.decodes(device_rows) as run_step:
+        beside += copies.measure("gpu_only", run_step)
+    with bench.rotation(device_rows, ROTATING_ROWS[-1], context_len) as run_step:
+        beside += copies.measure("overlap", run_step)
     runner.close()
     return {
         "start_up_s": start_up_s,
@@ -209,6 +235,7 @@ def run(model: str, device_kv_blocks: int, host_kv_gb: float, context_len: int) 
         "launch_us": tables.launch_s * 1e6,
         "handover_launch_us": tables.handover_launch_s * 1e6,
         "steps": rows,
+        "beside": beside,
     }
 
 
@@ -291,6 +318,7 @@ def main() -> None:
         ]
     path = write_result(out, "bench-pipeline", results, options)
     print_rows("decode steps, median of 7", results["steps"])
+    print_rows("the same with a copy to the device beside them", results["beside"])
     if not steps_only:
         print_rows("throughput", results["throughput"])
     for name in (

@@ -1,0 +1,109 @@
+"""What a step takes if KV comes over PCIe beside it, and what PCIe gives meanwhile.
+
+Three parties want something of the others: kernels that copy take multiprocessors from the step's,
+and PCIe takes the bandwidth of host memory from the CPU's attention.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.model_config import ModelConfig
+from engine.step_in_flight import StepResult
+from gpu_kernels.kv_swap import swap_in_kv
+
+NUM_BLOCKS = 128
+"""Blocks of a copy: of Llama-3-8B's 275 MB, 5 ms at what PCIe 5 gives."""
+NUM_PROGRAMS = (None, 64, 32, 16, 8)
+_PIECE_BYTES = 4 * 2**20
+_REPEATS = 7
+
+
+class CopiesBeside:
+    """Copies of blocks from pinned memory, by kernels of more and less programs and by an engine.
+
+    Args:
+        model: Whose blocks.
+        block_size: Tokens of one.
+        dtype: Of the KV cache.
+        device: The GPU.
+    """
+
+    def __init__(
+        self, model: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = (model.num_layers, NUM_BLOCKS, model.num_kv_heads, block_size, model.head_dim)
+        self._on_device = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
+        self._on_host = [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(2)]
+        self._ids = torch.randperm(NUM_BLOCKS, dtype=torch.int32, device=device)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._num_bytes = sum(pool.nbytes for pool in self._on_device)
+
+    def measure(self, mode: str, run_step: Callable[[], StepResult]) -> list[dict[str, Any]]:
+        """Time a step alone and beside each way of copying.
+
+        Args:
+            mode: The step's, for the result.
+            run_step: Runs it.
+
+        Returns:
+            A row for each: milliseconds of the step on the device and of its attention on the CPU,
+            and gigabytes a second of the copy, alone and beside the step.
+        """
+        ways: list[tuple[str, Callable[[], None] | None]] = [("none", None)]
+        ways += [(f"{n or 'all'} programs", self._by_kernel(n)) for n in NUM_PROGRAMS]
+        ways.append(("copy engine", self._by_engine))
+        return [{"mode": mode, "copy": name} | self._row(copy, run_step) for name, copy in ways]
+
+    def _row(
+        self, copy: Callable[[], None] | None, run_step: Callable[[], StepResult]
+    ) -> dict[str, float]:
+        alone, beside, results = [], [], []
+        for _ in range(_REPEATS):
+            if copy is not None:
+                alone.append(self._seconds(self._start(copy)))
+            events = None if copy is None else self._start(copy)
+            results.append(run_step())
+            if events is not None:
+                beside.append(self._seconds(events))
+        attention = [sum(r.host.attention_s) for r in results if r.host is not None]
+        return {
+            "step_ms": statistics.median(result.device_s for result in results) * 1e3,
+            "cpu_attention_ms": statistics.median(attention) * 1e3 if attention else 0.0,
+            "copy_gb_s": self._rate(beside),
+            "copy_alone_gb_s": self._rate(alone),
+        }
+
+    def _rate(self, seconds: list[float]) -> float:
+        return self._num_bytes / statistics.median(seconds) / 1e9 if seconds else 0.0
+
+    def _start(self, copy: Callable[[], None]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Launch a copy beside whatever comes next, and return marks before and behind it."""
+        marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            marks[0].record(self._stream)
+            copy()
+            marks[1].record(self._stream)
+        return marks
+
+    def _seconds(self, marks: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+        marks[1].synchronize()
+        return float(marks[0].elapsed_time(marks[1])) / 1e3
+
+    def _by_kernel(self, max_programs: int | None) -> Callable[[], None]:
+        k_host, v_host = self._on_host
+        k_host = k_host.view(*k_host.shape[:3], k_host.shape[4], k_host.shape[3])
+        pools = (*self._on_device, self._ids, k_host, v_host, self._ids)
+        return lambda: swap_in_kv(*pools, max_programs=max_programs)
+
+    def _by_engine(self) -> None:
+        for device, host in zip(self._on_device, self._on_host, strict=True):
+            pieces = [
+                pool.view(torch.uint8).flatten().split(_PIECE_BYTES) for pool in (device, host)
+            ]
+            for target, source in zip(*pieces, strict=True):
+                target.copy_(source, non_blocking=True)
