@@ -6,19 +6,15 @@ Both buffers and the bells are pinned when the device is a GPU, which then does 
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from cpu_kernels.attention import CpuAttention
 from cpu_kernels.checks import host_kv_shapes
-from cpu_kernels.errors import ServiceError
-from cpu_kernels.service import AttentionService
-from cpu_kernels.step import Lane
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes
-from engine.backends.channels import Channels, MakeChannels, Order, PinnedBuffers
-from engine.backends.doorbells import HostDoorbells
+from engine.backends.channels import Channels, MakeChannels, PinnedBuffers
 from engine.backends.rotating_attention import RotatingAttention
+from engine.backends.turns import Turn, make_turns
 from engine.batch import Batch, HostWork
 from engine.errors import CapacityError, StepError
 from engine.host_memory import allocate_host_tensor, pin, unpin
@@ -30,26 +26,6 @@ GPU_GRACE_S = 10.0
 """How much longer the GPU would wait if the service did not let it go."""
 _NUM_TURNS = 2
 """One that is served, one ahead."""
-
-
-@dataclass(slots=True, eq=False)
-class _Turn:
-    """A service of its own for every other step, so that a step can be launched ahead.
-
-    `orders` says for each lane with host-resident decodes which of the service's lanes it has in
-    this step, as a slot among those of all turns, and its ticket; `first_slot` is that of the turn.
-    """
-
-    service: AttentionService
-    bells: HostDoorbells
-    rows: torch.Tensor
-    out: torch.Tensor
-    first_slot: int
-    orders: dict[int, Order] = field(default_factory=dict)
-
-    def lane(self, lane: int) -> int:
-        """Return which of the service's lanes a lane of the step has."""
-        return self.orders[lane].slot - self.first_slot
 
 
 class HostAttention:
@@ -93,30 +69,20 @@ class HostAttention:
         rows = self._allocate((num_slots, size.max_rows, width), shape.dtype, kernels)
         out = self._allocate((num_slots, size.max_rows, q_width), shape.dtype, kernels)
         bells = self._allocate((num_slots, 2, 16), torch.int32, kernels)
-        self._turns = [
-            self._made_turn(first, rows, out, bells) for first in range(0, num_slots, NUM_LANES)
-        ]
-        self._channels = self._channels_over(rows, out, bells, NUM_LANES)
-        self._num_steps = 0
-        self._open: deque[_Turn] = deque()
-        self._now = self._turns[0]
-
-    def _made_turn(
-        self, first_slot: int, rows: torch.Tensor, out: torch.Tensor, bells: torch.Tensor
-    ) -> "_Turn":
-        slots = slice(first_slot, first_slot + NUM_LANES)
-        service = AttentionService(
-            self._kernels,
-            num_layers=self._shape.num_layers,
-            num_q_heads=self._shape.num_q_heads,
-            num_kv_heads=self._shape.num_kv_heads,
-            head_dim=self._shape.head_dim,
-            rows=rows[slots],
-            out=out[slots],
-            bells=bells[slots],
+        self._turns = make_turns(
+            kernels,
+            shape,
+            num_lanes=NUM_LANES,
+            num_layers=shape.num_layers,
+            rows=rows,
+            out=out,
+            bells=bells,
             timeout_s=DEFAULT_TIMEOUT_S,
         )
-        return _Turn(service, HostDoorbells(service), rows[slots], out[slots], first_slot)
+        self._channels = self._channels_over(rows, out, bells, NUM_LANES)
+        self._num_steps = 0
+        self._open: deque[Turn] = deque()
+        self._now = self._turns[0]
 
     def _allocate(
         self, shape: tuple[int, ...], dtype: torch.dtype, kernels: CpuAttention
@@ -175,17 +141,8 @@ class HostAttention:
             return
         turn = self._now = self._turns[self._num_steps % _NUM_TURNS]
         self._num_steps += 1
-        turn.service.begin_step(
-            self.k_pool,
-            self.v_pool,
-            [Lane(block_tables=rows.block_tables, seq_lens=rows.seq_lens) for _, rows in lanes],
-            self._shape.softmax_scale,
-        )
+        turn.begin_step(self.k_pool, self.v_pool, lanes, self._shape.softmax_scale)
         self._open.append(turn)
-        turn.orders = {
-            lane: Order(turn.service.first_ticket(at), rows.num_seqs, turn.first_slot + at)
-            for at, (lane, rows) in enumerate(lanes)
-        }
         if self._channels is not None:
             self._channels.begin_step(turn.orders)
 
@@ -212,10 +169,8 @@ class HostAttention:
         if self._channels is not None:
             self._channels.send(lane, layer, qkv)
             return
-        turn = self._now
-        at = turn.lane(lane)
-        turn.rows[at, : qkv.shape[0]].copy_(qkv)
-        turn.bells.ring(at, turn.orders[lane].ticket + layer)
+        self._now.rows_of(lane)[: qkv.shape[0]].copy_(qkv)
+        self._now.ring(lane, layer)
 
     def receive(self, lane: int, layer: int, out: torch.Tensor) -> None:
         """Wait for a layer's answer and copy it to `out`, `[S, num_q_heads * head_dim]`.
@@ -226,15 +181,9 @@ class HostAttention:
         if self._channels is not None:
             self._channels.receive(lane, layer, out)
             return
-        turn = self._now
-        at = turn.lane(lane)
-        try:
-            turn.bells.wait(at, turn.orders[lane].ticket + layer)
-        except ServiceError as error:
-            raise StepError(f"CPU attention failed: {error}") from error
-        out.copy_(turn.out[at, : out.shape[0]])
+        out.copy_(self._now.wait(lane, layer)[: out.shape[0]])
 
-    def _take_waiting_s(self, turn: "_Turn") -> float:
+    def _take_waiting_s(self, turn: Turn) -> float:
         bells = turn.bells if self._channels is None else self._channels
         return bells.take_waiting_s()
 
@@ -244,12 +193,12 @@ class HostAttention:
             return None
         turn = self._open.popleft()
         try:
-            report = turn.service.end_step()
-        except ServiceError as error:
+            report = turn.end_step()
+        except StepError:
             if self._on_gpu:
                 torch.cuda.synchronize(self._device)
             self._take_waiting_s(turn)
-            raise StepError(f"CPU attention failed: {error}") from error
+            raise
         return HostStepTimes(
             attention_s=tuple(report.attention_s),
             waiting_s=report.waiting_s,

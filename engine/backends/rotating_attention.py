@@ -8,17 +8,14 @@ as one layer whose blocks count through all of the model's.
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from cpu_kernels.attention import CpuAttention
-from cpu_kernels.errors import ServiceError
-from cpu_kernels.service import AttentionService
-from cpu_kernels.step import Lane, StepReport
+from cpu_kernels.step import StepReport
 from engine.backends.base import AttentionShape, HostStepTimes
-from engine.backends.channels import Channels, Order
-from engine.backends.doorbells import HostDoorbells
+from engine.backends.channels import Channels
+from engine.backends.turns import Turn, make_turns
 from engine.batch import HostDecodeRows, RotatingRows
 from engine.errors import StepError
 
@@ -27,27 +24,6 @@ _NUM_TURNS = 3
 
 _Allocate = Callable[[tuple[int, ...], torch.dtype, CpuAttention], torch.Tensor]
 _ChannelsOver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Channels | None]
-
-
-@dataclass(slots=True, eq=False)
-class _Turn:
-    """What one overlap step hands over; `out` is also where the next one finds its answers.
-
-    `orders` says for each segment with rows which of the service's lanes it has in this step, as a
-    slot among those of all turns, and its ticket; `first_slot` is that of the turn.
-    """
-
-    service: AttentionService
-    bells: HostDoorbells
-    rows: torch.Tensor
-    out: torch.Tensor
-    first_slot: int
-    step: int = 0
-    orders: dict[int, Order] = field(default_factory=dict)
-
-    def lane(self, segment: int) -> int:
-        """Return a segment's lane."""
-        return self.orders[segment].slot - self.first_slot
 
 
 class RotatingAttention:
@@ -89,29 +65,24 @@ class RotatingAttention:
         all_rows = allocate((num_slots, max_rows, width), shape.dtype, kernels)
         all_out = allocate((num_slots, max_rows, q_width), shape.dtype, kernels)
         all_bells = allocate((num_slots, 2, 16), torch.int32, kernels)
-        self._turns: list[_Turn] = []
-        for first in range(0, num_slots, num_segments):
-            slots = slice(first, first + num_segments)
-            rows, out, bells = all_rows[slots], all_out[slots], all_bells[slots]
-            service = AttentionService(
-                kernels,
-                num_layers=1,
-                num_q_heads=shape.num_q_heads,
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                rows=rows,
-                out=out,
-                bells=bells,
-                timeout_s=timeout_s,
-                # The next turn's service waits while this one's computes: it must leave the core.
-                spin_us=0,
-            )
-            self._turns.append(_Turn(service, HostDoorbells(service), rows, out, first))
+        self._turns = make_turns(
+            kernels,
+            shape,
+            num_lanes=num_segments,
+            num_layers=1,
+            rows=all_rows,
+            out=all_out,
+            bells=all_bells,
+            timeout_s=timeout_s,
+            # The next turn's service waits while this one's computes: it must leave the core.
+            spin_us=0,
+        )
+        rows, out = self._turns[0].rows, self._turns[0].out
         # On a GPU, rows are collected and answers unpacked there: one copy a segment each way.
         self._channels = channels_over(all_rows, all_out, all_bells, 2 * num_segments)
         self._sent = torch.empty_like(rows, device=device)
         self._received = torch.empty_like(out, device=device)
-        self._open: deque[_Turn] = deque()
+        self._open: deque[Turn] = deque()
         self._num_steps = 0
         self._rows: RotatingRows | None = None
         self._now = self._before = self._turns[0]
@@ -145,20 +116,11 @@ class RotatingAttention:
         turn = self._now
         if turn in self._open:
             self.end_steps(before=turn.step + 1)
-        lanes = [(i, lane) for i, lane in enumerate(segments) if lane is not None]
+        parts = [(i, rows) for i, rows in enumerate(segments) if rows is not None]
         turn.step, turn.orders = self._num_steps, {}
-        if lanes:
-            turn.service.begin_step(
-                self._k_pool,
-                self._v_pool,
-                [Lane(block_tables=lane.block_tables, seq_lens=lane.seq_lens) for _, lane in lanes],
-                self._scale,
-            )
+        if parts:
+            turn.begin_step(self._k_pool, self._v_pool, parts, self._scale)
             self._open.append(turn)
-            turn.orders = {
-                i: Order(turn.service.first_ticket(at), lane.num_seqs, turn.first_slot + at)
-                for at, (i, lane) in enumerate(lanes)
-            }
         if self._channels is not None:
             # A segment has a channel for its rows, and one for the answers to those before.
             asked = {self._num_segments + i: o for i, o in self._before.orders.items()}
@@ -177,7 +139,7 @@ class RotatingAttention:
         part = slice(rows.start - first, rows.stop - first)
         if self._channels is not None:
             return self._sent[number, part]
-        return turn.rows[turn.lane(number), part] if number in turn.orders else None
+        return turn.rows_of(number)[part] if number in turn.orders else None
 
     def ring(self, layer: int) -> None:
         """Hand over the rows of the layer's segment if it is the last of them."""
@@ -189,7 +151,7 @@ class RotatingAttention:
             num_rows = rotating.bounds[segment.stop] - rotating.bounds[segment.start]
             self._channels.send(number, 0, self._sent[number, :num_rows])
         elif number in turn.orders:
-            turn.bells.ring(turn.lane(number), turn.orders[number].ticket)
+            turn.ring(number)
 
     def answers(self, layer: int) -> torch.Tensor:
         """Return answers to what departed in the last overlap step, and wait for them if need be.
@@ -213,13 +175,7 @@ class RotatingAttention:
             return self._received[number]
         if number not in turn.orders:
             return turn.out[0]  # to rows to spare
-        at = turn.lane(number)
-        if is_first:
-            try:
-                turn.bells.wait(at, turn.orders[number].ticket)
-            except ServiceError as error:
-                raise StepError(f"CPU attention failed: {error}") from error
-        return turn.out[at]
+        return turn.wait(number) if is_first else turn.answers(number)
 
     def end_steps(self, before: int) -> HostStepTimes | None:
         """Wait until the CPU has left all overlap steps before one.
@@ -237,10 +193,7 @@ class RotatingAttention:
         reports: list[tuple[StepReport, float]] = []
         while self._open and self._open[0].step < before:
             turn = self._open[0]
-            try:
-                report = turn.service.end_step()
-            except ServiceError as error:
-                raise StepError(f"CPU attention failed: {error}") from error
+            report = turn.end_step()
             self._open.popleft()
             reports.append((report, self._take_waiting_s(turn)))
         if not reports:
@@ -261,13 +214,13 @@ class RotatingAttention:
         """Leave steps that were given up; what waits for them on the device must be gone."""
         while self._open:
             turn = self._open.popleft()
-            with contextlib.suppress(ServiceError):  # whose reason has been told
-                turn.service.end_step()
+            with contextlib.suppress(StepError):  # whose reason has been told
+                turn.end_step()
             self._take_waiting_s(turn)
         for turn in self._turns:
             turn.orders = {}
 
-    def _take_waiting_s(self, turn: _Turn) -> float:
+    def _take_waiting_s(self, turn: Turn) -> float:
         bells = turn.bells if self._channels is None else self._channels
         return bells.take_waiting_s()
 
