@@ -6,10 +6,10 @@ the host. When device blocks run out, the request that came last moves to the ho
 its blocks are freed and its tokens are computed again later. Plain Python, no torch.
 
 Nobody starves. Device-resident rows decode in every step but the one in which they come from the
-host, if there are others. A host-resident row whose prompt is done
-is computed at the latest after `max_skipped_steps` (parked ones: `max_parked_steps`) and one more
-step for each other host-resident row, since a due step computes at least the most overdue one; or
-it begins to rotate, and goes on in every overlap step while those pay.
+host, if there are others. A host-resident row whose prompt is done is computed at the latest after
+`max_skipped_steps` (parked ones: `max_parked_steps`) and one more step for each other host-resident
+row, since a due step computes at least the most overdue one; or it begins to rotate, and goes on in
+every overlap step while those pay.
 Prompts and waiting requests go in order of arrival, so only those that came first can hold them up.
 
 This file keeps the state: the queue, who runs, who holds blocks. `step_former` chooses among the

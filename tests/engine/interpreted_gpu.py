@@ -102,7 +102,7 @@ def serve(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     with mock.patch("engine.cost_tables.load_or_profile", measured), LLM(
         str(folder), device="cpu", load_format="dummy", dtype="float32", max_model_len=32,
-        max_num_seqs=8, threads=1, **options,
+        max_num_seqs=8, threads=1, **{"max_num_batched_tokens": 32, **options},
     ) as llm:  # fmt: skip
         outputs = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, PARAMS)]
         assert llm.engine.runner.pool.num_used == 0
