@@ -12,6 +12,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _READY = re.compile(r"neo: serving (\S+) at (http://\S+) \(ready after [\d.]+ s: .*\)\n")
 
 
@@ -41,11 +43,9 @@ class RunningServer:
     @property
     def engine_pid(self) -> int:
         """The one process among the children that is no resource tracker."""
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        children = [
-            int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()
-        ]
-        [pid] = [pid for pid in children if b"spawn_main" in _command_line(pid)]
+        # Threads of the server may end meanwhile, and with them their folders in /proc.
+        children = psutil.Process(self.process.pid).children()
+        [pid] = [child.pid for child in children if b"spawn_main" in _command_line(child.pid)]
         return pid
 
     def log_text(self) -> str:
