@@ -221,19 +221,26 @@ def rope_store_kv(
     has_norm = check_norm_weights(q_norm_weight, k_norm_weight, head_dim, q)
     if num_tokens == 0:
         return
-    tile_h = min(TILE_HEADS, next_power_of_2(num_q_heads))
-    head_tiles = cdiv(num_q_heads, tile_h) + cdiv(num_kv_heads, tile_h)
-    rope_store_kernel[(num_tokens, head_tiles)](
+    tiles = head_tiles(num_q_heads, head_dim, rotary_dim)
+    num_tiles = cdiv(num_q_heads, tiles["TILE_H"]) + cdiv(num_kv_heads, tiles["TILE_H"])
+    rope_store_kernel[(num_tokens, num_tiles)](
         q, k, v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping,
         q_norm_weight if has_norm else q, k_norm_weight if has_norm else q, norm_eps,
         q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0),
         NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        ROTARY_DIM=rotary_dim, BLOCK_SIZE=block_size, TILE_H=tile_h,
-        TILE_HALF=next_power_of_2(rotary_dim // 2),
-        TILE_REST=next_power_of_2(max(1, head_dim - rotary_dim)),
-        TILE_D=next_power_of_2(head_dim), HAS_NORM=has_norm, num_warps=2,
+        ROTARY_DIM=rotary_dim, BLOCK_SIZE=block_size, HAS_NORM=has_norm, num_warps=2, **tiles,
         **pdl_options(q.device),
     )  # fmt: skip
+
+
+def head_tiles(num_q_heads: int, head_dim: int, rotary_dim: int) -> dict[str, int]:
+    """Returns the tiles of kernels that call `rotated_heads`: heads, halves, rest, whole heads."""
+    return {
+        "TILE_H": min(TILE_HEADS, next_power_of_2(num_q_heads)),
+        "TILE_HALF": next_power_of_2(rotary_dim // 2),
+        "TILE_REST": next_power_of_2(max(1, head_dim - rotary_dim)),
+        "TILE_D": next_power_of_2(head_dim),
+    }
 
 
 def check_rotary(cos_sin_cache: torch.Tensor, head_dim: int, device: torch.device) -> int:

@@ -20,7 +20,7 @@ from gpu_kernels.checks import (
     wrong,
 )
 from gpu_kernels.pdl import begin, pdl_options
-from gpu_kernels.rope_store import TILE_HEADS, check_norm_weights, check_rotary, rotated_heads
+from gpu_kernels.rope_store import check_norm_weights, check_rotary, head_tiles, rotated_heads
 from gpu_kernels.tiles import cdiv, next_power_of_2
 
 _TILE = 1024
@@ -201,7 +201,8 @@ def depart_rows(
     has_norm = check_norm_weights(q_norm_weight, k_norm_weight, head_dim, qkv)
     if n == 0:
         return
-    tile_h = min(TILE_HEADS, next_power_of_2(num_q_heads))
+    tiles = head_tiles(num_q_heads, head_dim, rotary_dim)
+    tile_h = tiles["TILE_H"]
     tile_c = min(_TILE, next_power_of_2(hidden_size))
     parts = cdiv(num_q_heads, tile_h) + cdiv(num_kv_heads, tile_h) + cdiv(hidden_size, tile_c)
     depart_rows_kernel[(n, parts)](
@@ -209,10 +210,8 @@ def depart_rows(
         q_norm_weight if has_norm else qkv, k_norm_weight if has_norm else qkv, norm_eps,
         sent.stride(0), kept.stride(0), qkv.stride(0), residual.stride(0),
         NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        ROTARY_DIM=rotary_dim, HIDDEN_SIZE=hidden_size, TILE_H=tile_h,
-        TILE_HALF=next_power_of_2(rotary_dim // 2),
-        TILE_REST=next_power_of_2(max(1, head_dim - rotary_dim)),
-        TILE_D=next_power_of_2(head_dim), TILE_C=tile_c, HAS_NORM=has_norm, num_warps=2,
+        ROTARY_DIM=rotary_dim, HIDDEN_SIZE=hidden_size, TILE_C=tile_c, HAS_NORM=has_norm,
+        num_warps=2, **tiles,
         **pdl_options(qkv.device),
     )  # fmt: skip
 

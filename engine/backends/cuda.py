@@ -1,6 +1,7 @@
 """A CUDA GPU plays the device: cuBLAS through torch for linear layers, Triton for the rest."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -297,9 +298,7 @@ class CudaBackend:
                 cos_sin,
                 num_q_heads=shape.num_q_heads,
                 num_kv_heads=shape.num_kv_heads,
-                q_norm_weight=norms.q if norms else None,
-                k_norm_weight=norms.k if norms else None,
-                norm_eps=norms.eps if norms else 1e-6,
+                **_norm_options(norms),
             )
         rotating.ring(layer)
 
@@ -349,9 +348,7 @@ class CudaBackend:
             k_cache,
             v_cache,
             slots,
-            q_norm_weight=norms.q if norms else None,
-            k_norm_weight=norms.k if norms else None,
-            norm_eps=norms.eps if norms else 1e-6,
+            **_norm_options(norms),
         )
 
     def _attend(
@@ -399,3 +396,10 @@ class CudaBackend:
         if self._kernels is not None:
             self._kernels.close()
         self._host = self._kernels = self._staging = self._swaps = None
+
+
+def _norm_options(norms: LayerNorms | None) -> dict[str, Any]:
+    """Return the options of kernels that rotate, for models with norms on the heads."""
+    if norms is None:
+        return {}
+    return {"q_norm_weight": norms.q, "k_norm_weight": norms.k, "norm_eps": norms.eps}

@@ -6,7 +6,9 @@ import pytest
 
 from tests.engine.interpreted_gpu import CASES
 from tests.engine.tiny_models import make_tiny_model
-from tests.interpreter import interpret
+from tests.json_lines import interpreted_json_lines
+
+pytestmark = pytest.mark.ispc
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +16,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folder = tmp_path_factory.mktemp("qwen")
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     make_tiny_model("qwen3", folder, num_hidden_layers=2, **heads)
-    return {line["case"]: line for line in interpret("tests.engine.interpreted_gpu", str(folder))}
+    lines = interpreted_json_lines("tests.engine.interpreted_gpu", str(folder))
+    return {line["case"]: line for line in lines}
 
 
 @pytest.mark.parametrize("case", CASES)

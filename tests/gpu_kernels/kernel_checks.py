@@ -95,6 +95,16 @@ def check_prefill(
     oracle.assert_close(out[rows], exact[rows], plain[rows])
 
 
+def rotated(
+    x: torch.Tensor, norm: torch.Tensor | None, positions: torch.Tensor, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalises heads if there are weights and rotates them, in float32 and in their dtype."""
+    wide = x.float() if norm is None else oracle.rms_norm(x.float(), norm.float(), 1e-6)
+    half = x if norm is None else oracle.rms_norm(x, norm, 1e-6)
+    plain = oracle.rope(half, positions, table.to(x.dtype))
+    return oracle.rope(wide, positions, table), plain
+
+
 def check_rope_store(
     num_tokens: int,
     *,
@@ -124,20 +134,17 @@ def check_rope_store(
     v_cache = torch.randn(shape, generator=generator).to(dtype).to(device)
     expected_v_cache, old_k_cache = v_cache.clone(), k_cache.clone()
     weights = (1 + 0.3 * torch.randn(2, head_dim, generator=generator)).to(dtype).to(device)
-    exact, plain = [], []
-    for x, weight in ((q, weights[0]), (k, weights[1])):
-        wide = oracle.rms_norm(x.float(), weight.float(), 1e-6) if with_norm else x.float()
-        half = oracle.rms_norm(x, weight, 1e-6) if with_norm else x
-        exact.append(oracle.rope(wide, positions, table))
-        plain.append(oracle.rope(half, positions, table.to(dtype)))
+    norms = weights if with_norm else [None, None]
+    expected_q, expected_k = (
+        rotated(x, norm, positions, table) for x, norm in zip((q, k), norms, strict=True)
+    )
     v_before = v.clone()
     rope_store_kv(
         q, k, v, positions, table, k_cache, v_cache, slots,
-        q_norm_weight=weights[0] if with_norm else None,
-        k_norm_weight=weights[1] if with_norm else None,
+        q_norm_weight=norms[0], k_norm_weight=norms[1],
     )  # fmt: skip
-    oracle.assert_close(q, exact[0], plain[0])
-    oracle.assert_close(k, exact[1], plain[1])
+    oracle.assert_close(q, *expected_q)
+    oracle.assert_close(k, *expected_k)
     assert torch.equal(v, v_before)
     expected_k_cache = old_k_cache
     for token, slot in enumerate(slots.tolist()):
@@ -173,19 +180,15 @@ def check_rotating_rows(
     weights = (1 + 0.3 * torch.randn(2, head_dim, generator=generator)).to(dtype).to(device)
     sent = poisoned(qkv)
     kept = poisoned(residual[:1, None].expand(num_slots, 1, hidden_size))[:, 0]
-    qkv_before = qkv.clone()
+    qkv_before, norms = qkv.clone(), weights if with_norm else [None, None]
     depart_rows(
         sent.flatten(1), kept, qkv.flatten(1), residual, positions, slots, table,
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads,
-        q_norm_weight=weights[0] if with_norm else None,
-        k_norm_weight=weights[1] if with_norm else None,
+        q_norm_weight=norms[0], k_norm_weight=norms[1],
     )  # fmt: skip
     sent_q, sent_k, sent_v = sent.split(heads, dim=1)
-    for got, x, weight in ((sent_q, q, weights[0]), (sent_k, k, weights[1])):
-        wide = oracle.rms_norm(x.float(), weight.float(), 1e-6) if with_norm else x.float()
-        half = oracle.rms_norm(x, weight, 1e-6) if with_norm else x
-        plain = oracle.rope(half, positions, table.to(dtype))
-        oracle.assert_close(got, oracle.rope(wide, positions, table), plain)
+    for got, x, norm in zip((sent_q, sent_k), (q, k), norms, strict=True):
+        oracle.assert_close(got, *rotated(x, norm, positions, table))
     assert torch.equal(sent_v, v)
     assert torch.equal(qkv, qkv_before)
     expected_kept = torch.full_like(kept, float("nan"))

@@ -1,14 +1,11 @@
 """Compiles every kernel for sm_90 without a GPU: it must use the matrix units and not spill."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.json_lines import json_lines
+
 HOPPER_SHARED_BYTES = 227 * 1024
 
 pytestmark = pytest.mark.slow
@@ -16,15 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def kernels() -> list[dict[str, Any]]:
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.gpu_kernels.compile_offline", "90", "--serving"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return [json.loads(line) for line in finished.stdout.splitlines()]
+    return json_lines("tests.gpu_kernels.compile_offline", "90", "--serving")
 
 
 def test_every_kernel_compiles_and_fits(kernels: list[dict[str, Any]]) -> None:

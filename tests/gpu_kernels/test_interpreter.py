@@ -3,12 +3,12 @@
 import pytest
 
 from tests.gpu_kernels.interpreter_cases import CASES
-from tests.interpreter import interpret
+from tests.json_lines import interpreted_json_lines
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
-    lines = interpret("tests.gpu_kernels.interpreter_cases")
+    lines = interpreted_json_lines("tests.gpu_kernels.interpreter_cases")
     return {line["case"]: line["error"] for line in lines}
 
 
