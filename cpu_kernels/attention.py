@@ -66,11 +66,17 @@ class CpuAttention:
         self._finalizer = weakref.finalize(self, self.native.close)
         self._num_threads = num_threads
         self._spin_us = spin_us
+        self._cpus = tuple(cpus)
 
     @property
     def num_threads(self) -> int:
         """Number of threads that work on a call, the caller among them."""
         return self._num_threads
+
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        """The CPUs that threads are bound to; empty if they are not."""
+        return self._cpus
 
     @property
     def spin_us(self) -> int:

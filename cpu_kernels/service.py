@@ -22,6 +22,17 @@ from cpu_kernels.step import Lane, StepReport
 DEFAULT_SPIN_US = 200
 
 
+class StepQueue:
+    """The order of steps of several services that share threads: see `AttentionService`.
+
+    Args:
+        attention: Whose threads.
+    """
+
+    def __init__(self, attention: CpuAttention) -> None:
+        self.native = attention.native.module.StepQueue()
+
+
 class AttentionService:
     """Answers each layer's decode attention of host-resident rows, driven by doorbells.
 
@@ -56,6 +67,8 @@ class AttentionService:
         spin_us: How long a wait polls without pause, µs; it then yields the core between looks for
             ten times as long, then sleeps some 0.1 ms between them. Default: 200 where `attention`
             polls at all, else 0.
+        queue: Services with the same one serve their steps one after the other, in the order of
+            `begin_step`, whichever rows come first; None: this one waits for no other.
 
     Raises:
         ValueError: An argument has the wrong shape, type, layout or range.
@@ -74,6 +87,7 @@ class AttentionService:
         bells: torch.Tensor,
         timeout_s: float = 10.0,
         spin_us: int | None = None,
+        queue: StepQueue | None = None,
     ) -> None:
         if not 1 <= num_layers < 2**20:
             raise ValueError(f"num_layers: expected 1 to {2**20 - 1}, got {num_layers}")
@@ -108,6 +122,7 @@ class AttentionService:
             bells=bells.data_ptr(),
             timeout_s=timeout_s,
             spin_us=spin_us,
+            queue=(queue or StepQueue(attention)).native,
         )
         # Dropping the only strong reference to the service joins its threads, also at exit; the
         # memory they use is kept until then.

@@ -1,6 +1,7 @@
 """Which cores the attention threads get."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 CPU_DIR = Path("/sys/devices/system/cpu")
@@ -45,3 +46,25 @@ def attention_cpus(num_threads: int) -> list[int]:
     if num_threads < len(cpus):
         return cpus[1 : num_threads + 1]
     return [cpus[i % len(cpus)] for i in range(num_threads)]
+
+
+def keep_off(cpus: Collection[int]) -> set[int] | None:
+    """Keep the calling thread, and threads that it starts from now on, off CPUs.
+
+    Args:
+        cpus: Those of the attention threads. A thread that the system puts beside one of them
+            costs both of them whole time slices, and all threads wait for the slowest.
+
+    Returns:
+        The CPUs it had, for `os.sched_setaffinity(0, ...)`; None if nothing was changed, because it
+        would have none left.
+    """
+    before = os.sched_getaffinity(0)
+    left = before - set(cpus)
+    if not left or left == before:
+        return None
+    try:
+        os.sched_setaffinity(0, left)
+    except OSError:  # best effort, like the threads' own
+        return None
+    return before

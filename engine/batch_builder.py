@@ -25,11 +25,9 @@ from engine.batch_arrays import (
 from engine.kv_blocks import BlockPool
 from engine.request import Request
 from engine.rotation import Rotation, RotationPlaces
-from engine.step_plan import RotatingRow, ScheduledRequest, SubBatch
+from engine.step_plan import ScheduledRequest, SubBatch
 from engine.table_rows import TableRows
 from engine.upload import Ints, Upload
-
-_NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
 class BatchBuilder:
@@ -55,6 +53,10 @@ class BatchBuilder:
         self._rotation = rotation
         self._device_tables = TableRows(device_pool)
         self._host_tables = None if host_pool is None else TableRows(host_pool)
+        # Of each slot of the rotation: a row's table and length stay as they are while it rotates.
+        num_slots = 0 if rotation is None else rotation.residuals.shape[0]
+        self._rotating_tables = np.zeros((num_slots, 1), dtype=np.int32)
+        self._rotating_lens = np.zeros(num_slots, dtype=np.int32)
 
     def build(self, sub_batch: SubBatch, source: Callable[[Request], int] | None = None) -> Batch:
         """Return a sub-batch's tensors on the device.
@@ -127,26 +129,38 @@ class BatchBuilder:
 
     def rotating_lanes(self, places: RotationPlaces) -> list[HostDecodeRows | None]:
         """Return what the CPU attends to, segment by segment; blocks count through the layers."""
+        assert self._host_pool is not None, "rotating rows need a host pool"
+        for row, slot in zip(places.rows[: places.bounds[1]], places.slots, strict=False):
+            if row is not None:
+                self._note_entering(row.share, slot)
+        slots = np.asarray(places.slots, dtype=np.int64)
+        layers = np.repeat(np.arange(len(places.bounds) - 1), np.diff(places.bounds))
         lanes: list[HostDecodeRows | None] = []
         for segment in places.segments:
-            rows = places.rows[places.bounds[segment.start] : places.bounds[segment.stop]]
-            lens = [0 if row is None else row.share.end for row in rows]
-            if not any(lens):
+            part = slice(places.bounds[segment.start], places.bounds[segment.stop])
+            lens = self._rotating_lens[slots[part]]
+            if not lens.any():
                 lanes.append(None)
                 continue
-            tables = [_NO_BLOCKS if row is None else self._rotating_table(row) for row in rows]
+            width = self._host_pool.blocks_for(int(lens.max()))
+            tables = self._rotating_tables[slots[part], :width]
+            tables += (layers[part, None] * self._host_pool.num_blocks).astype(np.int32)
             lanes.append(
                 HostDecodeRows(
-                    block_tables=torch.from_numpy(_pad(tables)),
-                    seq_lens=torch.tensor(lens, dtype=torch.int32),
+                    block_tables=torch.from_numpy(tables), seq_lens=torch.from_numpy(lens)
                 )
             )
         return lanes
 
-    def _rotating_table(self, row: RotatingRow) -> Ints:
-        assert self._host_pool is not None, "rotating rows need a host pool"
-        [table] = self.host_tables([row.share])
-        return table + np.int32(row.next_layer * self._host_pool.num_blocks)
+    def _note_entering(self, item: ScheduledRequest, slot: int) -> None:
+        [table] = self.host_tables([item])
+        most = self._rotating_tables.shape[1]
+        if len(table) > most:
+            wider = np.zeros((len(self._rotating_lens), 2 * len(table)), dtype=np.int32)
+            wider[:, :most] = self._rotating_tables
+            self._rotating_tables = wider
+        self._rotating_tables[slot, : len(table)] = table
+        self._rotating_lens[slot] = item.end
 
 
 class _RowsUpload:

@@ -4,7 +4,8 @@ A shape is numbers of tokens, of decodes and prefill chunks, a width of block ta
 attention splits. Exact shapes come from ladders, so that steps share graphs. Steps with prompts or
 with rows on the host still come in many, each of them rarely, and capturing takes as long as
 computing thousands of rows. So the first such graph is a roomy one, steps that it holds take it,
-with rows to spare, and a graph of their own is captured once those would have paid for it.
+with rows to spare, and a closer one is captured once those would have paid for it: first one that
+is roomy for the step, which many others share, then one of its own.
 """
 
 from collections import Counter
@@ -18,8 +19,15 @@ from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, LaneShape, PagedShape
 from engine.step_plan import SubBatch
 
-CAPTURE_ROWS = 4096
-"""Spare rows that take as long as a capture: 10 to 15 µs each, 50 ms (Llama-3-8B on an H200)."""
+CAPTURE_ROWS = 2048
+"""Spare rows that take as long as a capture: 12 to 19 µs each, 25 to 60 ms (Llama-3-8B and
+Llama-2-7B on an H200)."""
+
+_LEAST_VISITORS = 4
+"""Of steps with prompts."""
+_USUAL_TOKENS = (256, 512, MAX_GRAPH_TOKENS)
+_USUAL_DECODES = ((1, 8), (9, 32))
+_USUAL_VISITORS = (4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +99,7 @@ class GraphShapes:
         max_num_seqs: Most requests of a step.
         max_num_tokens: Most tokens of a step.
         max_model_len: Most tokens of a request.
+        most_visitors: Most rotating rows that every layer may have room for.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class GraphShapes:
         max_num_seqs: int,
         max_num_tokens: int,
         max_model_len: int,
+        most_visitors: int,
     ) -> None:
         self._backend = backend
         self._pool = pool
@@ -109,7 +119,8 @@ class GraphShapes:
         self._uses_staging = builder.uses_staging
         self._decodes = row_ladder(max_num_seqs)
         self._few_rows = _steps([8, 16, 24, 32, 48, 64, 96, 128, 192], max_num_seqs)
-        self._visitors = _steps([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128], max_num_seqs)
+        few = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+        self._visitors = _steps(few, most_visitors)
         self._mixed_decodes = _steps([32, 64, 128], max_num_seqs)
         self._prefills = _steps([4, 16, 64], max_num_seqs)
         self._tokens = token_ladder(min(max_num_tokens, MAX_GRAPH_TOKENS), max_num_seqs)
@@ -131,8 +142,13 @@ class GraphShapes:
         decodes = LaneShape(device=PagedShape(most, most, 0, self._max_width))
         return GraphShape((decodes,)), GraphShape((self._largest_lane(0),))
 
+    @property
+    def most_visitors(self) -> int:
+        """Rotating rows that a layer of any graph may have."""
+        return self._visitors[-1]
+
     def fits(self, lane: SubBatch) -> bool:
-        """Return whether there are shapes for such a sub-batch."""
+        """Return whether there are shapes for such a sub-batch, but for its rotating rows."""
         prefills = lane.gprf + lane.cprf
         if any(item.num_scored for item in prefills):
             return False
@@ -154,22 +170,69 @@ class GraphShapes:
         wanted = self.exact(lanes, most_visiting)
         if wanted.recurs or wanted in known:
             return wanted
-        roomy = min(
+        taken = min(
             (shape for shape in known if shape.holds(wanted)),
             key=lambda shape: shape.num_rows,
             default=None,
         )
-        if roomy is None:
-            return self.roomy(wanted)
-        self._spared[wanted] += 1 + roomy.num_rows - wanted.num_rows
-        if self._spared[wanted] <= CAPTURE_ROWS:
+        roomy = self.roomy(wanted)
+        if taken is None:
             return roomy
-        del self._spared[wanted]
-        return wanted
+        better = roomy if roomy.num_rows < taken.num_rows else wanted
+        self._spared[better] += 1 + taken.num_rows - better.num_rows
+        if self._spared[better] <= CAPTURE_ROWS:
+            return taken
+        del self._spared[better]
+        return better
+
+    def usual(self, *, rotates: bool) -> list[GraphShape]:
+        """Return roomy shapes that most steps with prompts fit, and most that rotate rows.
+
+        Worth capturing before there are requests that would wait for it.
+
+        Args:
+            rotates: Whether rows may rotate.
+        """
+        sizes = sorted({_at_least(self._tokens, min(n, self._tokens[-1])) for n in _USUAL_TOKENS})
+        lanes = [LaneShape(device=self._mixed(size)) for size in sizes]
+        shapes = [GraphShape((lane,)) for lane in lanes]
+        if not rotates:
+            return shapes
+        visitors = [_at_least(self._visitors, min(n, self._visitors[-1])) for n in _USUAL_VISITORS]
+        decodes = [PagedShape(), *(self._decodes_between(*bounds) for bounds in _USUAL_DECODES)]
+        for size in sizes:
+            prefills = PagedShape(size, 0, self._prefills[0], self._max_width)
+            written = self._num_written(prefills)
+            kinds = [*decodes, self._mixed(size)] if size < sizes[-1] else decodes
+            lanes += [
+                LaneShape(device=device, host_prefills=prefills, num_written=written)
+                for device in kinds
+            ]
+        shapes += [_with_visitors(lane, visitors[-1]) for lane in lanes]
+        rows = [LaneShape(device=device) for device in decodes]
+        return shapes + [_with_visitors(lane, number) for lane in rows for number in visitors]
+
+    def _decodes_between(self, least: int, most: int) -> PagedShape:
+        """Return room for any number of decodes between two, of any length."""
+        least, most = (_at_least(self._few_rows, min(n, self._few_rows[-1])) for n in (least, most))
+        return PagedShape(most, most, 0, self._max_width, self._most_splits(least))
+
+    def _mixed(self, num_tokens: int) -> PagedShape:
+        """Return room for prefill chunks and some decodes, of so many tokens together."""
+        most = self._mixed_decodes[0]
+        splits = self._most_splits(most)
+        return PagedShape(max(num_tokens, most), most, self._prefills[0], self._max_width, splits)
+
+    def _most_splits(self, num_decodes: int) -> int:
+        longest = self._max_width * self._pool.block_size
+        return _doubled(self._backend.num_decode_splits(num_decodes, longest))
 
     def exact(self, lanes: Sequence[SubBatch], most_visiting: int) -> GraphShape:
         """Return the smallest shape that holds a step."""
         num_visitors = _at_least(self._visitors, most_visiting) if most_visiting else 0
+        if num_visitors and any(lane.gprf or lane.cprf for lane in lanes):
+            # A few rows more are nothing beside a prompt, and more steps share a graph.
+            num_visitors = _doubled(max(num_visitors, _LEAST_VISITORS), self._visitors[-1])
         alone = len(lanes) == 1
         shapes = tuple(self._lane_shape(lane, num_visitors, alone=alone) for lane in lanes)
         return GraphShape(shapes, num_visitors)
@@ -251,6 +314,10 @@ class GraphShapes:
             return 0
         most = self._pool.blocks_for(host.num_tokens) + 2 * host.num_prefills
         return min(most, self.num_staging_blocks)
+
+
+def _with_visitors(lane: LaneShape, number: int) -> GraphShape:
+    return GraphShape((replace(lane, num_entering=number),), number)
 
 
 def row_ladder(most: int) -> list[int]:

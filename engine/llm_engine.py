@@ -51,6 +51,8 @@ class LLMEngine:
     ) -> None:
         start = time.monotonic()
         self.config = config
+        # First: a path that cannot be written is told before the model has been loaded.
+        self._step_log = None if config.log_steps is None else StepLog(config.log_steps)
         checkpoint = open_checkpoint(
             config.model,
             load_format=config.load_format,
@@ -71,9 +73,9 @@ class LLMEngine:
         limits, host_pool = config.scheduler, self._runner.host_pool
         self._is_measured = host_pool is not None or limits.tpot_limit_ms is not None
         self._cost_model = make_cost_model(self._runner, on_progress, needed=self._is_measured)
+        self._runner.capture_graphs(on_progress)
         self._scheduler = Scheduler(limits, self._runner.pool, host_pool, self._cost_model)
         self._grammars = self._make_grammar_compiler()
-        self._step_log = None if config.log_steps is None else StepLog(config.log_steps)
         self._step_observers: list[StepObserver] = []
         if self._step_log is not None:
             self._step_observers.append(self._step_log.write)

@@ -17,6 +17,9 @@ from engine.step_plan import RotatingRow, ScheduledRequest, StepPlan
 _MAX_SEGMENTS = 4
 """Hand-overs of a step. With four, each answer may take half a step longer than its share of it."""
 
+_LEAST_VISITORS = 8
+"""Of a layer that there is room for, however few rows may rotate."""
+
 
 @dataclass(slots=True)
 class _Place:
@@ -137,6 +140,25 @@ class Rotation:
 
     def _forget(self, request: Request) -> None:
         self._free.append(self._places.pop(request).slot)
+
+
+def segment_rows(num_layers: int, max_rows: int) -> int:
+    """Return the room of a segment: rows that it hands over, with those to spare.
+
+    Args:
+        num_layers: Of the model.
+        max_rows: Most rows that rotate at once.
+    """
+    return max(max_rows, _LEAST_VISITORS * _longest_segment(num_layers))
+
+
+def most_visitors(num_layers: int, max_rows: int) -> int:
+    """Return the rows for which every layer of a segment may have room."""
+    return segment_rows(num_layers, max_rows) // _longest_segment(num_layers)
+
+
+def _longest_segment(num_layers: int) -> int:
+    return max(map(len, rotation_segments(num_layers)))
 
 
 def rotation_segments(num_layers: int) -> list[range]:

@@ -149,7 +149,7 @@ class ModelRunner:
             end=self._backend.mark(),
             uses_host=uses_host,
             rotation=self._backend.num_rotations if plan.rotating else None,
-            is_graph=is_graph,
+            graph_rows=self._graphs.num_rows if is_graph and self._graphs is not None else 0,
             captured=self._num_captured > num_captured,
             prompt_scores=scores,
         )
@@ -204,7 +204,7 @@ class ModelRunner:
             step_s=step_s,
             launch_s=step.launch_s,
             device_s=step.end.seconds_since(step.begin),
-            is_graph=step.is_graph,
+            graph_rows=step.graph_rows,
             captured=step.captured,
             host=host,
         )
@@ -252,6 +252,13 @@ class ModelRunner:
             for lane, batch in zip(states, batches, strict=True)
             for score in score_prompts(self._model, lane, batch.scored)
         ]
+
+    def capture_graphs(self, on_progress: Callable[[str], None]) -> None:
+        """Capture the graphs that requests are likely to need first."""
+        if self._graphs is not None:
+            on_progress("capturing graphs")
+            can_rotate = self.host_pool is not None and self._limits.mode in ("auto", "overlap")
+            self._graphs.capture_usual(rotates=can_rotate)
 
     def profile(self, on_progress: Callable[[str], None]) -> StepTables:
         """Measure the parts of a step; the runner must be idle, and what its pools hold is lost."""

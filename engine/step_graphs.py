@@ -22,7 +22,7 @@ from engine.graph_shapes import GraphShape, GraphShapes
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, batch_of
 from engine.models import DecoderModel
-from engine.rotation import Rotation, RotationPlaces
+from engine.rotation import Rotation, RotationPlaces, most_visitors
 from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
 from engine.step_plan import StepPlan, SubBatch
 from engine.token_feedback import TokenFeedback
@@ -99,6 +99,7 @@ class StepGraphs:
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
             max_model_len=max_model_len,
+            most_visitors=most_visitors(model.config.num_layers, max_num_seqs),
         )
         num_bytes = self._num_bytes(self._shapes.largest)
         device = backend.device
@@ -113,6 +114,8 @@ class StepGraphs:
         self._logits = embedding.new_empty(max_num_seqs, model.weights.lm_head.shape[0])
         self._graphs: OrderedDict[GraphShape, torch.cuda.CUDAGraph | None] = OrderedDict()
         self.num_captured = 0
+        self.num_rows = 0
+        """Of the graph that was launched last, rows to spare included."""
         self._uses_graphs = device.type == "cuda"
         if self._uses_graphs:
             self._memory = torch.cuda.graph_pool_handle()
@@ -120,7 +123,12 @@ class StepGraphs:
 
     def fits(self, plan: StepPlan) -> bool:
         """Return whether a step is one that graphs are made for."""
-        return all(self._shapes.fits(lane) for lane in _lanes(plan))
+        return self._most_visiting(plan) <= self._shapes.most_visitors and all(
+            self._shapes.fits(lane) for lane in _lanes(plan)
+        )
+
+    def _most_visiting(self, plan: StepPlan) -> int:
+        return 0 if self._rotation is None else self._rotation.most_at_once(plan.rotating)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -133,8 +141,8 @@ class StepGraphs:
             New tokens in batch order; they are also in the feedback.
         """
         lanes, rotation = _lanes(plan), self._rotation
-        most_visiting = rotation.most_at_once(plan.rotating) if rotation is not None else 0
-        shape = self._shapes.choose(lanes, most_visiting, self._graphs)
+        shape = self._shapes.choose(lanes, self._most_visiting(plan), self._graphs)
+        self.num_rows = shape.num_rows
         places = None
         if plan.rotating:
             assert rotation is not None, "rotating rows need a rotation"
@@ -161,6 +169,11 @@ class StepGraphs:
     def capture_hungriest(self) -> None:
         """Capture the graphs that take the most memory."""
         for shape in self._shapes.hungriest:
+            self._graph(shape)
+
+    def capture_usual(self, *, rotates: bool) -> None:
+        """Capture graphs that most steps with prompts fit, and most that rotate rows."""
+        for shape in self._shapes.usual(rotates=rotates):
             self._graph(shape)
 
     def _num_sampled(self, shape: GraphShape) -> int:
@@ -245,6 +258,8 @@ class StepGraphs:
         for number, lane in enumerate(shape.lanes):
             if lane.num_written:
                 self._backend.reserve_staging(number, self._shapes.num_staging_blocks)
+        if shape.num_visitors and self._rotation is not None:
+            self._backend.reserve_rotation(len(self._rotation.segments))
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._backend.device)
         self._stream.wait_stream(current)

@@ -22,7 +22,7 @@ class StepInFlight:
         end: After its last.
         uses_host: Whether the CPU attends to some of its rows while it runs.
         rotation: The backend's number of the rotation, if it has rotating rows.
-        is_graph: Whether it was launched as a graph.
+        graph_rows: Rows of the graph that it was launched as, those to spare included; 0 if none.
         captured: Whether that graph was captured for it, while the device had nothing to do.
         prompt_scores: Log-probabilities of prompt tokens, of requests that want them.
     """
@@ -34,7 +34,7 @@ class StepInFlight:
     begin: DeviceMark
     end: DeviceMark
     uses_host: bool
-    is_graph: bool
+    graph_rows: int
     captured: bool
     rotation: int | None = None
     prompt_scores: Sequence[PromptScores] = ()
@@ -59,7 +59,7 @@ class StepResult:
         launch_s: What launching took of the host's time; for a step that runs behind another, it is
             hidden behind that.
         device_s: From the step's first work on the device to its last, waits for the CPU included.
-        is_graph: Whether it was launched as a graph.
+        graph_rows: As of `StepInFlight`.
         captured: Whether that graph was captured for it.
         host: What the CPU did; None if it had nothing to do. In overlap mode, what it did for the
             rotating rows of the overlap step before.
@@ -69,9 +69,14 @@ class StepResult:
     step_s: float
     launch_s: float
     device_s: float
-    is_graph: bool
+    graph_rows: int
     captured: bool
     host: HostStepTimes | None
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether it was launched as a graph."""
+        return self.graph_rows > 0
 
     @property
     def device_busy_s(self) -> float:
@@ -82,4 +87,6 @@ class StepResult:
     def measurement(self) -> StepMeasurement:
         """What the cost model learns from."""
         attention_s = None if self.host is None else sum(self.host.attention_s)
-        return StepMeasurement(step_s=self.step_s, cpu_attention_s=attention_s)
+        return StepMeasurement(
+            step_s=self.step_s, device_busy_s=self.device_busy_s, cpu_attention_s=attention_s
+        )

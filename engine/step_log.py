@@ -71,6 +71,7 @@ def _measured(result: StepResult) -> dict[str, object]:
         "device_s": result.device_s,
         "device_busy_s": result.device_busy_s,
         "is_graph": result.is_graph,
+        "graph_rows": result.graph_rows,
         "captured": result.captured,
     }
     if result.host is not None:

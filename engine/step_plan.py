@@ -129,7 +129,7 @@ class StepPrediction:
     copying of `cprf` rows' K and V, `launch_s` the host's launching and `arriving_s` the moving of
     requests that come to the device, which all run beside the layers; `swap_s` is what moves before
     them; `fixed_s` is what a step costs beside its layers; `rotates` says that the CPU attends to
-    rotating rows. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill tokens
+    rotating rows, `most_rows` how many a layer computes at once. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill tokens
     counted at what they cost (see `engine.scheduling.step_former`).
     """
 
@@ -147,6 +147,7 @@ class StepPrediction:
     fixed_s: float = 0.0
     arriving_s: float = 0.0
     rotates: bool = False
+    most_rows: int = 0
 
     @property
     def moves_kv(self) -> bool:
@@ -158,10 +159,12 @@ class StepPrediction:
 class StepMeasurement:
     """Measured times of a step in seconds, all sub-batches and layers together; None: unknown.
 
-    `fixed_s` is what a step costs beside its layers and swaps.
+    `fixed_s` is what a step costs beside its layers and swaps, `device_busy_s` what the device took
+    without its waits for the host's attention.
     """
 
     step_s: float
+    device_busy_s: float | None = None
     linear_s: float | None = None
     gpu_attention_s: float | None = None
     prefill_attention_s: float | None = None

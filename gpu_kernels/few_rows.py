@@ -29,7 +29,9 @@ MAX_SPLITS = 8
 MAX_PREFETCH = 128
 """Columns. More fetches what the kernels in between would have had the memory for (H200, decode
 step of 24 rows: 0, 128, 256, 512 columns took 5.50, 5.43, 5.50, 5.55 ms)."""
-_MIN_PROGRAMS = 256
+_MIN_PROGRAMS = 192
+"""So many fit a large GPU at once, with a second one on half of its multiprocessors. QKV of an 8B
+layer as 192 programs instead of 384, which do not all fit: 5.23 ms a step instead of 5.30."""
 NUM_COUNTERS = _MIN_PROGRAMS
 """Sums are split only where there are fewer column tiles than this."""
 
@@ -168,7 +170,7 @@ def can_skinny_linear(num_rows: int, weight: torch.Tensor) -> bool:
 
 @cache
 def num_splits(n: int, k: int) -> int:
-    """Into how many splits the sum over k is cut, so that programs fill a large GPU twice."""
+    """Into how many splits the sum over k is cut, so that programs fill a large GPU."""
     splits = 1
     while (
         splits < MAX_SPLITS
@@ -240,7 +242,7 @@ def skinny_gated_linear(
         out, x, weight, weight if bias is None else bias, num_rows, out.stride(0), x.stride(0),
         N=n, K=k, TILE_M=max(16, next_power_of_2(num_rows)), TILE_N=TILE_N, TILE_K=GATED_TILE_K,
         HAS_BIAS=bias is not None, PREFETCH=_prefetch(k - GATED_TILE_K) // 2,
-        num_warps=4, num_stages=4, **pdl_options(x.device),
+        num_warps=4, num_stages=3, **pdl_options(x.device),
     )  # fmt: skip
 
 

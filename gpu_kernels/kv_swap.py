@@ -83,6 +83,8 @@ def swap_out_kv(
     k_host: torch.Tensor,
     v_host: torch.Tensor,
     host_block_ids: torch.Tensor,
+    *,
+    max_programs: int | None = None,
 ) -> None:
     """Copies blocks of all layers from the device pool to the host pool, exactly.
 
@@ -100,12 +102,16 @@ def swap_out_kv(
         v_host: [num_layers, num_host_blocks, num_kv_heads, block_size, head_dim], otherwise like
             k_host, with its layer stride.
         host_block_ids: [n], int32, device, contiguous, without repeats; where each block goes.
+        max_programs: Most programs that do it, to leave room for kernels beside it: each keeps them
+            off its part of a multiprocessor while it waits for PCIe. None: as many as there are
+            pieces.
 
     Raises:
         ValueError: An argument's shape, dtype, stride or device is wrong, or host memory is not
             pinned.
     """
-    _launch(k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids, to_host=True)
+    pools = (k_cache, v_cache, device_block_ids, k_host, v_host, host_block_ids)
+    _launch(*pools, to_host=True, max_programs=max_programs)
 
 
 def swap_in_kv(
@@ -128,8 +134,7 @@ def swap_in_kv(
         k_host: As there, but only read.
         v_host: As there, but only read.
         host_block_ids: [n], int32, device, contiguous; the blocks to copy.
-        max_programs: Most programs that do it, to leave room for kernels beside it; None: as many
-            as there are pieces.
+        max_programs: As there.
 
     Raises:
         ValueError: As there.
@@ -147,7 +152,7 @@ def _launch(
     host_block_ids: torch.Tensor,
     *,
     to_host: bool,
-    max_programs: int | None = None,
+    max_programs: int | None,
 ) -> None:
     """Checks the arguments of either direction and launches the kernel."""
     check_float("k_cache", k_cache, 5)

@@ -318,7 +318,7 @@ def main() -> None:
         ]
     path = write_result(out, "bench-pipeline", results, options)
     print_rows("decode steps, median of 7", results["steps"])
-    print_rows("the same with a copy to the device beside them", results["beside"])
+    print_rows("the same with a copy over PCIe beside them", results["beside"])
     if not steps_only:
         print_rows("throughput", results["throughput"])
     for name in (

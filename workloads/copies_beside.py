@@ -1,4 +1,4 @@
-"""What a step takes if KV comes over PCIe beside it, and what PCIe gives meanwhile.
+"""What a step takes if KV comes or goes over PCIe beside it, and what PCIe gives meanwhile.
 
 Three parties want something of the others: kernels that copy take multiprocessors from the step's,
 and PCIe takes the bandwidth of host memory from the CPU's attention.
@@ -12,11 +12,11 @@ import torch
 
 from engine.model_config import ModelConfig
 from engine.step_in_flight import StepResult
-from gpu_kernels.kv_swap import swap_in_kv
+from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 
 NUM_BLOCKS = 128
 """Blocks of a copy: of Llama-3-8B's 275 MB, 5 ms at what PCIe 5 gives."""
-NUM_PROGRAMS = (None, 64, 32, 16, 8)
+NUM_PROGRAMS = (None, 32, 16, 8, 6, 4)
 _PIECE_BYTES = 4 * 2**20
 _REPEATS = 7
 
@@ -54,8 +54,12 @@ class CopiesBeside:
             and gigabytes a second of the copy, alone and beside the step.
         """
         ways: list[tuple[str, Callable[[], None] | None]] = [("none", None)]
-        ways += [(f"{n or 'all'} programs", self._by_kernel(n)) for n in NUM_PROGRAMS]
-        ways.append(("copy engine", self._by_engine))
+        for direction in ("in", "out"):
+            ways += [
+                (f"{direction}, {n or 'all'} programs", self._by_kernel(n, direction))
+                for n in NUM_PROGRAMS
+            ]
+        ways.append(("in, copy engine", self._by_engine))
         return [{"mode": mode, "copy": name} | self._row(copy, run_step) for name, copy in ways]
 
     def _row(
@@ -94,11 +98,12 @@ class CopiesBeside:
         marks[1].synchronize()
         return float(marks[0].elapsed_time(marks[1])) / 1e3
 
-    def _by_kernel(self, max_programs: int | None) -> Callable[[], None]:
+    def _by_kernel(self, max_programs: int | None, direction: str) -> Callable[[], None]:
         k_host, v_host = self._on_host
         k_host = k_host.view(*k_host.shape[:3], k_host.shape[4], k_host.shape[3])
         pools = (*self._on_device, self._ids, k_host, v_host, self._ids)
-        return lambda: swap_in_kv(*pools, max_programs=max_programs)
+        copy = swap_in_kv if direction == "in" else swap_out_kv
+        return lambda: copy(*pools, max_programs=max_programs)
 
     def _by_engine(self) -> None:
         for device, host in zip(self._on_device, self._on_host, strict=True):

@@ -151,7 +151,10 @@ class Run:
             self._sweep(setting, measured)
 
     def _logged(self, setting: Setting, name: str, mode: str) -> EngineConfig:
-        path = self._out / f"{setting.name}-{name}.steps.jsonl" if self._log_steps else None
+        path = None
+        if self._log_steps:
+            self._out.mkdir(parents=True, exist_ok=True)
+            path = self._out / f"{setting.name}-{name}.steps.jsonl"
         return replace(setting.engine(mode), log_steps=path)
 
     def simulate(self, setting: Setting) -> None:

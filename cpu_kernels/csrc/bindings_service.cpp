@@ -1,5 +1,5 @@
 // The Python border of the attention service. Calls that may wait drop the GIL.
-#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -25,26 +25,28 @@ using Seconds = std::chrono::duration<double>;
 class ContextService {
   public:
     ContextService(std::shared_ptr<Context> context, const ServiceShape &shape, uintptr_t bells,
-                   double timeout_s, int spin_us)
+                   double timeout_s, int spin_us, std::shared_ptr<StepQueue> queue)
         : context_(std::move(context)), lanes_(make_lanes(*context_, shape.num_lanes)),
-          idle_spin_(context_->pool().spin()), spin_(spin_us),
-          service_(shape, Bells(pointer(bells)), attention(),
-                   {Seconds(timeout_s), spin_, context_->caller_cpu()}) {}
+          spin_(spin_us), service_(shape, Bells(pointer(bells)), attention(),
+                                   {Seconds(timeout_s), spin_, context_->caller_cpu(), queue}) {}
+
+    ~ContextService() { end_polling(); }
 
     void begin_step(Step &step) {
         service_.begin_step(std::move(step));
-        context_->pool().set_spin(std::max(spin_, idle_spin_));
+        if (!polling_.exchange(true))
+            context_->begin_polling(spin_);
     }
 
     // times: room for [num_layers, num_lanes of the step] AnswerTimes.
     StepReport end_step(std::optional<double> timeout_s, uintptr_t times) {
-        struct Restore {
-            ContextService &service;
-            ~Restore() { service.context_->pool().set_spin(service.idle_spin_); }
-        } restore{*this};
         std::optional<Seconds> limit;
         if (timeout_s)
             limit = Seconds(*timeout_s);
+        struct EndPolling {
+            ContextService &service;
+            ~EndPolling() { service.end_polling(); }
+        } end_polling{*this};
         StepReport report = service_.end_step(limit);
         std::memcpy(pointer(times), report.times.data(), report.times.size() * sizeof(AnswerTimes));
         return report;
@@ -57,6 +59,11 @@ class ContextService {
     void close() { service_.close(); }
 
   private:
+    void end_polling() {
+        if (polling_.exchange(false))
+            context_->end_polling();
+    }
+
     static std::vector<std::unique_ptr<DecodeAttention>> make_lanes(Context &context, int count) {
         std::vector<std::unique_ptr<DecodeAttention>> lanes;
         for (int lane = 0; lane < count; lane++)
@@ -72,8 +79,8 @@ class ContextService {
 
     std::shared_ptr<Context> context_;
     std::vector<std::unique_ptr<DecodeAttention>> lanes_;
-    const std::chrono::microseconds idle_spin_;
     const std::chrono::microseconds spin_;
+    std::atomic<bool> polling_{false};
     Service service_; // last: its threads use the rest
 };
 
@@ -129,10 +136,12 @@ void bind_service(py::module_ &module) {
         .def_readonly("waiting_s", &StepReport::waiting_s)
         .def_readonly("handover_s", &StepReport::handover_s)
         .def_readonly("wall_s", &StepReport::wall_s);
+    py::class_<StepQueue, std::shared_ptr<StepQueue>>(module, "StepQueue").def(py::init<>());
     py::class_<ContextService>(module, "Service")
-        .def(py::init<std::shared_ptr<Context>, const ServiceShape &, uintptr_t, double, int>(),
+        .def(py::init<std::shared_ptr<Context>, const ServiceShape &, uintptr_t, double, int,
+                      std::shared_ptr<StepQueue>>(),
              py::kw_only(), py::arg("context"), py::arg("shape"), py::arg("bells"),
-             py::arg("timeout_s"), py::arg("spin_us"))
+             py::arg("timeout_s"), py::arg("spin_us"), py::arg("queue"))
         .def("begin_step", &ContextService::begin_step, release())
         .def("first_ticket", &ContextService::first_ticket, release())
         .def("ring", &ContextService::ring)

@@ -18,8 +18,20 @@ char *bytes(uintptr_t address) {
 } // namespace
 
 Context::Context(int num_threads, const std::vector<int> &cpus, int spin_us)
-    : caller_cpu_(cpus.empty() ? -1 : cpus.back()),
-      pool_(num_threads, cpus, std::chrono::microseconds(spin_us)), attention_(pool_) {}
+    : caller_cpu_(cpus.empty() ? -1 : cpus.back()), idle_spin_(spin_us),
+      pool_(num_threads, cpus, idle_spin_), attention_(pool_) {}
+
+void Context::begin_polling(std::chrono::microseconds spin) {
+    std::lock_guard<std::mutex> lock(polling_mutex_);
+    num_polling_++;
+    pool_.set_spin(std::max(spin, idle_spin_));
+}
+
+void Context::end_polling() {
+    std::lock_guard<std::mutex> lock(polling_mutex_);
+    if (--num_polling_ == 0)
+        pool_.set_spin(idle_spin_);
+}
 
 void Context::decode(const DecodeBatch &batch) {
     std::lock_guard<std::mutex> lock(turn_);

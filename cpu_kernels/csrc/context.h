@@ -1,6 +1,7 @@
 // A pool of attention threads and all that runs on it, one caller at a time.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -20,6 +21,9 @@ class Context {
     int num_threads() const { return pool_.size(); }
     int caller_cpu() const { return caller_cpu_; }
     ThreadPool &pool() { return pool_; }
+    // Between the two the pool's threads poll at least so long; begins and ends may overlap.
+    void begin_polling(std::chrono::microseconds spin);
+    void end_polling();
     // Held by whoever uses the pool.
     std::mutex &turn() { return turn_; }
 
@@ -39,7 +43,10 @@ class Context {
 
   private:
     const int caller_cpu_;
+    const std::chrono::microseconds idle_spin_;
     std::mutex turn_;
+    std::mutex polling_mutex_;
+    int num_polling_ = 0;
     ThreadPool pool_;
     DecodeAttention attention_;
 };

@@ -85,6 +85,7 @@ void Service::begin_step(Step step) {
     state.failed.store(false, std::memory_order_relaxed);
     state.position.store(0, std::memory_order_relaxed);
     state.progress.store(now_ns(), std::memory_order_relaxed);
+    state.place = state.options.queue->join();
     state.open = state.serving = true;
     state.wake.notify_one();
 }

@@ -1,7 +1,7 @@
 // The attention service: answers a whole step's decode attention through doorbells.
 //
 // For each layer, and in it for each lane, a thread of its own waits for the request bell, computes
-// and rings the answer bell. A second thread watches that something happens. Whatever goes wrong,
+// and rings the answer bell, once earlier steps of the same queue are done. A second thread watches that something happens. Whatever goes wrong,
 // every wait of the step is released: its last ticket is rung on all answer bells.
 //
 // Free of Python and of the kernels: what computes is passed in.
@@ -23,6 +23,7 @@
 
 #include "bells.h"
 #include "step.h"
+#include "step_queue.h"
 
 namespace neo {
 
@@ -44,6 +45,8 @@ struct ServiceOptions {
     std::chrono::duration<double> timeout; // without a ring or an answer the step fails
     std::chrono::microseconds spin;        // how long a wait polls without yielding the core
     int cpu = -1;                          // of the service's thread, or -1 for any
+    // Whose steps wait for one another; by default the service's own alone.
+    std::shared_ptr<StepQueue> queue = std::make_shared<StepQueue>();
 };
 
 // Every function may be called from any thread. In a forked child all throw ServiceError.
@@ -93,10 +96,12 @@ class Service {
         // The threads, in serving.cpp.
         void serve();
         void serve_step();
+        void serve_lanes();
         void serve_lane(int layer, int lane);
         bool wait_for_ring(int lane, uint32_t ticket);
         bool answer(int lane, uint32_t ticket);
         void watch();
+        void note_progress(int64_t now);
         std::string overdue() const;
         void fail(const Lock &lock, const std::string &message);
 
@@ -123,6 +128,7 @@ class Service {
 
         // Of the step; the service's thread alone has them while `serving`.
         Step step{};
+        uint64_t place = 0; // in the queue
         int64_t entered = 0;
         std::vector<AnswerTimes> times;
     };

@@ -1,6 +1,9 @@
 // The threads' side of the service; service.cpp is the callers' side.
-#include "polling.h"
 #include "service.h"
+
+#include <algorithm>
+
+#include "polling.h"
 
 namespace neo {
 
@@ -25,6 +28,12 @@ void Service::State::serve() {
 }
 
 void Service::State::serve_step() {
+    options.queue->wait(place, [&] { return failed.load(std::memory_order_acquire); });
+    serve_lanes();
+    options.queue->leave(place);
+}
+
+void Service::State::serve_lanes() {
     entered = now_ns();
     const int num_lanes = static_cast<int>(step.lanes.size());
     std::string message;
@@ -52,7 +61,7 @@ void Service::State::serve_lane(int layer, int lane) {
         return;
     AnswerTimes &at = times[size_t(layer) * step.lanes.size() + lane];
     at.rung = now_ns();
-    progress.store(at.rung, std::memory_order_relaxed);
+    note_progress(at.rung);
     {
         std::lock_guard<std::mutex> turn(*attention.turn);
         // Given up while others had their turn: its memory may serve something else by now.
@@ -65,7 +74,12 @@ void Service::State::serve_lane(int layer, int lane) {
     if (!answer(lane, ticket))
         return;
     at.answered = now_ns();
-    progress.store(at.answered, std::memory_order_relaxed);
+    note_progress(at.answered);
+}
+
+void Service::State::note_progress(int64_t now) {
+    progress.store(now, std::memory_order_relaxed);
+    options.queue->progress.store(now, std::memory_order_relaxed);
 }
 
 // False if the step failed meanwhile.
@@ -95,6 +109,7 @@ void Service::State::fail(const Lock &, const std::string &message) {
     for (size_t lane = 0; lane < step.lanes.size(); lane++)
         bells.reply(static_cast<int>(lane), next[lane] - 1);
     left.notify_all();
+    options.queue->wake();
 }
 
 // Looks up at least once a timeout, so that nobody needs to tell it when a step begins.
@@ -102,7 +117,9 @@ void Service::State::watch() {
     const auto timeout = std::chrono::duration_cast<std::chrono::nanoseconds>(options.timeout);
     Lock lock(mutex);
     while (!closed) {
-        const int64_t idle = now_ns() - progress.load(std::memory_order_relaxed);
+        const int64_t last = std::max(progress.load(std::memory_order_relaxed),
+                                      options.queue->progress.load(std::memory_order_relaxed));
+        const int64_t idle = now_ns() - last;
         const bool late = serving && !failed.load() && idle >= timeout.count();
         if (late)
             fail(lock, overdue());

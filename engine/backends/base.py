@@ -150,6 +150,13 @@ class Backend(Protocol):
     def reserve_staging(self, lane: int, num_blocks: int) -> None:
         """Make room for a lane's prompts that go to the host, where it stays for captured steps."""
 
+    def reserve_rotation(self, num_segments: int) -> None:
+        """Make what rotating rows are handed over with, where it stays for captured steps.
+
+        Args:
+            num_segments: Hand-overs of a step.
+        """
+
     def begin_host(self, work: HostWork) -> None:
         """Give the CPU a step's host-resident decodes, before the device begins the step.
 

@@ -120,6 +120,9 @@ class CpuBackend:
     def reserve_staging(self, lane: int, num_blocks: int) -> None:
         """Nothing to do: prompts are attended to in the host pool."""
 
+    def reserve_rotation(self, num_segments: int) -> None:
+        """Nothing to do: it is made when it is first needed."""
+
     def begin_host(self, work: HostWork) -> None:
         """Give the CPU its part; see `Backend`."""
         if self._host is not None:

@@ -1,5 +1,6 @@
 """A CUDA GPU plays the device: cuBLAS through torch for linear layers, Triton for the rest."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from cpu_kernels.attention import CpuAttention
 from cpu_kernels.errors import KernelBuildError
+from cpu_kernels.topology import keep_off
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
 from engine.backends.channels import PinnedBuffers
 from engine.backends.cuda_staging import Staging
@@ -43,6 +45,7 @@ class CudaBackend:
         self._shape: AttentionShape | None = None
         self._k_cache = self._v_cache = torch.empty(0)
         self._kernels: CpuAttention | None = None
+        self._cpus_before: set[int] | None = None
         self._host: HostAttention | None = None
         self._staging: Staging | None = None
         self._swaps: Swaps | None = None
@@ -124,6 +127,7 @@ class CudaBackend:
             self._kernels = CpuAttention(cache_dir(), self._num_threads)
         except KernelBuildError as error:
             raise ConfigError(f"{error}, or use --mode gpu-only") from error
+        self._cpus_before = keep_off(self._kernels.cpus)
         self._host = HostAttention(self._kernels, shape, size, self.device, self._make_channels)
         self._staging = Staging(shape, self._host, self.device)
         self._swaps = Swaps(self._k_cache, self._v_cache, self._host)
@@ -168,6 +172,10 @@ class CudaBackend:
         assert self._staging is not None, "there is no host pool"
         self._staging.reserve(lane, num_blocks)
 
+    def reserve_rotation(self, num_segments: int) -> None:
+        """Make what rotating rows are handed over with; see `Backend`."""
+        self._checked_host().reserve_rotation(num_segments)
+
     def begin_host(self, work: HostWork) -> None:
         """Give the CPU its part; see `Backend`."""
         if self._host is not None:
@@ -199,6 +207,8 @@ class CudaBackend:
             self._host.abandon_step(reason)
             torch.cuda.synchronize(self.device)
             self._host.forget_rotations()
+        if self._staging is not None:
+            self._staging.forget()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised and scaled; see `Backend`."""
@@ -395,6 +405,9 @@ class CudaBackend:
             self._host.close()
         if self._kernels is not None:
             self._kernels.close()
+        if self._cpus_before is not None:
+            os.sched_setaffinity(0, self._cpus_before)
+            self._cpus_before = None
         self._host = self._kernels = self._staging = self._swaps = None
 
 

@@ -18,6 +18,7 @@ from engine.backends.turns import Turn, make_turns
 from engine.batch import Batch, HostWork
 from engine.errors import CapacityError, StepError
 from engine.host_memory import allocate_host_tensor, pin, unpin
+from engine.rotation import segment_rows
 
 NUM_LANES = 2
 DEFAULT_TIMEOUT_S = 30.0
@@ -146,13 +147,17 @@ class HostAttention:
         if self._channels is not None:
             self._channels.begin_step(turn.orders)
 
+    def reserve_rotation(self, num_segments: int) -> None:
+        """Make what rotating rows are handed over with, in so many segments a step."""
+        self._made_rotating(num_segments)
+
     def _made_rotating(self, num_segments: int) -> RotatingAttention:
         if self._rotating is None:
             self._rotating = RotatingAttention(
                 self._kernels,
                 self._shape,
                 num_segments=num_segments,
-                max_rows=self._max_rows,
+                max_rows=segment_rows(self._shape.num_layers, self._max_rows),
                 pools=(self.k_pool, self.v_pool),
                 device=self._device,
                 allocate=self._allocate,

@@ -74,8 +74,6 @@ class RotatingAttention:
             out=all_out,
             bells=all_bells,
             timeout_s=timeout_s,
-            # The next turn's service waits while this one's computes: it must leave the core.
-            spin_us=0,
         )
         rows, out = self._turns[0].rows, self._turns[0].out
         # On a GPU, rows are collected and answers unpacked there: one copy a segment each way.

@@ -10,7 +10,7 @@ import torch
 
 from cpu_kernels.attention import CpuAttention
 from cpu_kernels.errors import ServiceError
-from cpu_kernels.service import AttentionService
+from cpu_kernels.service import AttentionService, StepQueue
 from cpu_kernels.step import Lane, StepReport
 from engine.backends.base import AttentionShape
 from engine.backends.channels import Order
@@ -119,9 +119,8 @@ def make_turns(
     out: torch.Tensor,
     bells: torch.Tensor,
     timeout_s: float,
-    spin_us: int | None = None,
 ) -> list[Turn]:
-    """Make turns over slots of shared memory.
+    """Make turns over slots of shared memory; they are served in the order they are begun.
 
     Args:
         kernels: The attention threads.
@@ -132,9 +131,8 @@ def make_turns(
         out: `[num_slots, max_rows, q_width]`.
         bells: `[num_slots, 2, 16]`, int32.
         timeout_s: Rows or answers that take longer are overdue.
-        spin_us: How long an idle service watches before it sleeps; None: its default.
     """
-    turns = []
+    turns, queue = [], StepQueue(kernels)
     for first_slot in range(0, rows.shape[0], num_lanes):
         slots = slice(first_slot, first_slot + num_lanes)
         service = AttentionService(
@@ -147,7 +145,7 @@ def make_turns(
             out=out[slots],
             bells=bells[slots],
             timeout_s=timeout_s,
-            spin_us=spin_us,
+            queue=queue,
         )
         turns.append(Turn(service, HostDoorbells(service), rows[slots], out[slots], first_slot))
     return turns

@@ -3,7 +3,7 @@
 Offline tables go stale: the machine is shared, clocks fall, lengths differ from those measured.
 Each part has a factor that follows measured over predicted time, slowly and within bounds, so that
 one outlier cannot turn the scheduler's choice round. Factors multiply, so they move by logarithms.
-The host has factors for each way of using it, because what slows down answers that are waited for
+Linear layers of few and of many rows have a factor each. The host has factors for each way of using it, because what slows down answers that are waited for
 in every layer need not slow down those that are not. They fade while no step uses the host so: a
 slow spell must not rule it out for good.
 """
@@ -17,9 +17,13 @@ from engine.errors import ConfigError
 from engine.step_plan import StepMeasurement, StepPrediction
 
 _DEVICE_PARTS = ("linear", "gpu_attention", "prefill_attention", "fixed")
+_LONG_PARTS = ("long_linear", "prefill_attention")
 _HOST_PARTS = ("cpu_attention", "handover")
 _ROTATING_PARTS = ("rotating_attention", "rotating_handover")
-_PARTS = (*_DEVICE_PARTS, *_HOST_PARTS, *_ROTATING_PARTS, "swap")
+_PARTS = (*_DEVICE_PARTS, "long_linear", *_HOST_PARTS, *_ROTATING_PARTS, "swap")
+_FEW_ROWS = 64
+"""Up to so many, linear layers take what reading the weights takes. Beyond, they depend on clocks,
+which fall where a GPU runs into its power limit: that says nothing about steps that only decode."""
 _HIDDEN_SHARE = 0.9
 """Of a step, what rotating rows' attention takes if the step does not end with it."""
 
@@ -75,7 +79,8 @@ class CorrectedCostModel:
 
     def linear_s(self, num_rows: int) -> float:
         """Return the corrected time."""
-        return self._factors["linear"] * self.inner.linear_s(num_rows)
+        factor = self._factors["linear" if num_rows <= _FEW_ROWS else "long_linear"]
+        return factor * self.inner.linear_s(num_rows)
 
     def prefill_attention_s(self, query_len: int, context_len: int) -> float:
         """Return the corrected time."""
@@ -111,11 +116,11 @@ class CorrectedCostModel:
     def observe(self, prediction: StepPrediction, measured: StepMeasurement) -> None:
         """Learn from a step.
 
-        Parts that were measured correct their own factor; with them, the hand-over learns what the
-        step took beyond its prediction, unless it ended with the rotating rows' attention. Of a
-        step of which only the whole is known, the device's parts learn if no host-resident row
-        decoded; if some did, and the step was longer than predicted or waited for the host, the
-        host's parts learn what the device's prediction leaves over.
+        Parts that were measured correct their own factor. The device's parts learn from steps in
+        which no host-resident row decoded, and from those with rotating rows if the device's own
+        time is known; the hand-over of these learns what the device took beyond its prediction, if
+        there were no prompts. Other steps with host-resident rows, if longer than predicted or
+        waiting for the host, teach the host's parts what the device's prediction leaves over.
 
         Args:
             prediction: This model's own, as the plan carried it.
@@ -123,10 +128,14 @@ class CorrectedCostModel:
         """
         predicted = _parts(prediction)
         attention, handover = _host_parts(prediction)
+        linear = _linear_part(prediction)
         known = {name: getattr(measured, f"{name}_s") for name in (*_DEVICE_PARTS, "swap")}
+        known[linear] = known.pop("linear")
         known |= {attention: measured.cpu_attention_s, handover: measured.handover_s}
         if all(value is None for value in known.values()):
             known = _attribute(prediction, measured.step_s)
+        elif prediction.rotates and measured.device_busy_s is not None:
+            known |= _rotation_parts(prediction, measured.device_busy_s)
         elif _tells_handover(prediction, measured):
             # The device's parts learn from steps without host rows; what a step with them takes
             # beyond its prediction is what they cost the device.
@@ -161,10 +170,40 @@ def _tells_handover(prediction: StepPrediction, measured: StepMeasurement) -> bo
     return not prediction.rotates or attention_s < _HIDDEN_SHARE * measured.step_s
 
 
+def _linear_part(prediction: StepPrediction) -> str:
+    """Return the name of a step's linear layers."""
+    return "linear" if prediction.most_rows <= _FEW_ROWS else "long_linear"
+
+
+def _rotation_parts(prediction: StepPrediction, busy_s: float) -> dict[str, float | None]:
+    """Return what the device's parts took in a step with rotating rows."""
+    if prediction.moves_kv:
+        return {}
+    predicted_s = prediction.step_s - prediction.exposed_cpu_s
+    found = _device_parts(prediction, busy_s, predicted_s)
+    if prediction.prefill_attention_s == 0:
+        handover_s = prediction.handover_s + busy_s - predicted_s
+        found["rotating_handover"] = max(handover_s, 1e-3 * prediction.handover_s)
+    return found
+
+
+def _device_parts(
+    prediction: StepPrediction, taken_s: float, predicted_s: float
+) -> dict[str, float | None]:
+    """Share out the device's time of a step among its parts; prompts vary more than all else."""
+    parts = _parts(prediction)
+    names = _DEVICE_PARTS if _linear_part(prediction) == "linear" else _LONG_PARTS
+    ratio = taken_s / predicted_s
+    if names is _LONG_PARTS:
+        prompts_s = sum(parts[name] for name in names)
+        ratio = max(0.0, prompts_s + taken_s - predicted_s) / prompts_s
+    return {name: parts[name] * ratio for name in names}
+
+
 def _parts(prediction: StepPrediction) -> dict[str, float]:
     attention, handover = _host_parts(prediction)
     return {
-        "linear": sum(prediction.linear_s),
+        _linear_part(prediction): sum(prediction.linear_s),
         "gpu_attention": sum(prediction.gpu_attention_s),
         "prefill_attention": prediction.prefill_attention_s,
         "fixed": prediction.fixed_s,
@@ -180,7 +219,7 @@ def _attribute(prediction: StepPrediction, step_s: float) -> dict[str, float | N
     if prediction.moves_kv:
         return {}  # how much of it the move took is anybody's guess
     if parts[names[0]] == 0:
-        return {name: parts[name] * step_s / prediction.step_s for name in _DEVICE_PARTS}
+        return _device_parts(prediction, step_s, prediction.step_s)
     excess_s = step_s - prediction.step_s
     if excess_s <= 0 and prediction.exposed_cpu_s == 0:
         return {}

@@ -26,7 +26,7 @@ _MOST_REUSED = 8
 """Looks at a load after which the gain is computed again, because predictions are corrected."""
 _CHANGE_GAIN = 1.1
 """What the other way of using the host must promise over the present one."""
-_WHOLE_QUEUE_LOSS = 0.2
+_WHOLE_QUEUE_LOSS = 0.25
 """What a queue may lose of the steady state's gain if all of its requests go to the host and only
 prompts beside them make that pay, less in proportion if fewer go: it is too short for a steady
 state. Its prompts come first, which hide the host's work, then its decodes, which do not."""
@@ -112,7 +112,7 @@ class OffloadPolicy:
         if self._config.mode != "auto" or self._host_tokens == 0:
             return
         self._countdown -= 1
-        if self._countdown >= 0:
+        if self._countdown >= 0 and not self._has_grown(len(running) + len(waiting)):
             return
         self._countdown = self._config.policy_interval_steps - 1
         if not running and not waiting:
@@ -125,6 +125,10 @@ class OffloadPolicy:
         self.target = self.best_target(load)
         margin = max(self._config.min_offload_gain - 1, self.target.loss)
         self.offloads = self.target.gain >= 1 + (margin / 2 if self.offloads else margin)
+
+    def _has_grown(self, num_requests: int) -> bool:
+        """Return whether there are so many more requests that the next look should not wait."""
+        return self._last_load is not None and num_requests > 2 * self._last_load.num_requests
 
     def _mean_load(self, running: Sequence[Request], waiting: Sequence[Request]) -> MeanLoad:
         known = [*running, *islice(waiting, _NUM_SAMPLED_WAITING)]

@@ -197,19 +197,35 @@ class Scheduler:
                 self.residency.grow(request)
 
     def _swap_in(self, plan: StepPlan) -> None:
-        """Bring the longest-waiting request back when the device comfortably holds it."""
+        """Bring the longest-waiting request back when the device comfortably holds it.
+
+        Of rotating ones, the longest-waiting that is between two tokens: another would begin its
+        token again, and the device would have to wait until the CPU has left its blocks alone.
+        """
         if self.residency.host is None or plan.swaps_out or plan.preempted:
             return
         if self.policy.offloads and self._waiting and not self.policy.target.rotates:
             return  # new prompts fill the device without a swap
+        num_on_device = len(self._resident(Placement.DEVICE))
+        if self.residency.device.num_free <= self.config.headroom_blocks * (num_on_device + 1):
+            return  # nobody fits
+        request = self._next_arrival()
+        if request and self._rules.may_swap_in(request, num_on_device, self._num_steps):
+            plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
+
+    def _next_arrival(self) -> Request | None:
+        rotating = None
         for request in self._resident(Placement.HOST):
             if self._waiting and request.sequence > self._waiting[0].sequence:
-                return
-            if self._rules.fits_device(request) and not request.awaits_last_token:
-                num_on_device = len(self._resident(Placement.DEVICE))
-                if self._rules.may_swap_in(request, num_on_device, self._num_steps):
-                    plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
-                return
+                break
+            rotates = request.rotation_layer is not None
+            if (rotates and rotating) or request.awaits_last_token:
+                continue
+            if self._rules.fits_device(request):
+                if not rotates:
+                    return request
+                rotating = request
+        return rotating
 
     def _view(self, plan: StepPlan) -> StepView:
         device, host = self.residency.device, self.residency.host

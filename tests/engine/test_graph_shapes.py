@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from engine.graph_shapes import CAPTURE_ROWS, GraphShape, GraphShapes
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneShape, PagedShape
+from engine.rotation import most_visitors, rotation_segments, segment_rows
 from engine.step_plan import RotatingRow, ScheduledRequest, SubBatch
 from gpu_kernels.tiles import decode_num_splits
 from tests.engine.step_simulation import make_request
@@ -24,7 +25,8 @@ def shapes(*, max_num_seqs: int = 64, block_size: int = 16) -> GraphShapes:
     )
     builder = SimpleNamespace(uses_staging=True, block_size=block_size)
     sizes = {"max_num_seqs": max_num_seqs, "max_num_tokens": 1024, "max_model_len": 1000}
-    return GraphShapes(backend, builder, BlockPool(100, block_size), **sizes)
+    pool, most = BlockPool(100, block_size), most_visitors(NUM_LAYERS, max_num_seqs)
+    return GraphShapes(backend, builder, pool, most_visitors=most, **sizes)
 
 
 def share(start: int, num_tokens: int) -> ScheduledRequest:
@@ -105,6 +107,49 @@ def test_a_roomy_graph_serves_until_another_has_paid_for_itself() -> None:
     assert choose(100) == own
     assert choose(200) == first
     assert len(known) == 2
+
+
+@settings(deadline=None)
+@given(
+    num_gdec=st.integers(0, 32),
+    prompts=st.sampled_from([(0, 0), (300, 0), (0, 300), (200, 300), (900, 0), (0, 900)]),
+    num_visiting=st.integers(0, 8),
+)
+def test_usual_steps_find_a_graph(num_gdec, prompts, num_visiting) -> None:
+    chooser = shapes()
+    on_device, on_host = prompts
+    if not num_visiting and (on_host or not on_device):
+        return  # lanes of one kind only, which are captured as they come
+    step = lane(
+        gdec=[500] * num_gdec,
+        gprf=[(0, on_device)] if on_device else [],
+        cprf=[(0, on_host)] if on_host else [],
+    )
+    usual = chooser.usual(rotates=True)
+    assert len(set(usual)) == len(usual)
+    found = chooser.choose([step], num_visiting, usual)
+    assert found in usual
+    if on_device + on_host > 512:
+        assert found.num_rows <= 1024 + 64
+
+
+def test_usual_graphs_of_engines_that_do_not_rotate() -> None:
+    plain = shapes().usual(rotates=False)
+    assert {shape.num_visitors for shape in plain} == {0}
+    assert set(plain) < set(shapes().usual(rotates=True))
+    largest = shapes().largest.lanes[0]
+    for shape in shapes().usual(rotates=True):
+        for name, (size, _) in shape.lanes[0].arrays().items():
+            assert size <= largest.arrays()[name][0], name
+
+
+@given(num_layers=st.integers(1, 80), max_num_seqs=st.integers(1, 300))
+def test_a_segment_has_room_for_the_visitors_of_its_layers(num_layers, max_num_seqs) -> None:
+    longest = max(len(segment) for segment in rotation_segments(num_layers))
+    most = most_visitors(num_layers, max_num_seqs)
+    assert most >= 8
+    assert most * longest <= segment_rows(num_layers, max_num_seqs)
+    assert segment_rows(num_layers, max_num_seqs) >= max_num_seqs
 
 
 def test_steps_that_only_decode_have_graphs_of_their_own() -> None:

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -24,7 +25,8 @@ struct Rig {
         uint32_t words[num_lanes * 2 * 16] = {};
     };
 
-    explicit Rig(double timeout_s = 20, uint32_t first_bell = 0, int num_threads = 2)
+    explicit Rig(double timeout_s = 20, uint32_t first_bell = 0, int num_threads = 2,
+                 std::shared_ptr<neo::StepQueue> queue = std::make_shared<neo::StepQueue>())
         : rows(num_lanes * max_rows * 3), out(num_lanes * max_rows),
           k_pool(num_layers * num_blocks), pool(num_threads, {}, std::chrono::microseconds(20)) {
         for (int lane = 0; lane < num_lanes; lane++)
@@ -42,7 +44,7 @@ struct Rig {
                                      },
                                      &turn};
         const neo::ServiceOptions options{std::chrono::duration<double>(timeout_s),
-                                          std::chrono::microseconds(50), -1};
+                                          std::chrono::microseconds(50), -1, std::move(queue)};
         service.emplace(shape, neo::Bells(&memory), attention, options);
     }
 
@@ -69,6 +71,11 @@ struct Rig {
             }
         }
         return step;
+    }
+
+    // A lane's rows for all layers at once, as a device that does not look at answers would.
+    void ring_all(int lane) {
+        service->ring(lane, service->first_ticket(lane) + num_layers - 1);
     }
 
     // The device's side of one lane: write rows, ring, wait, check. round: steps before this one.

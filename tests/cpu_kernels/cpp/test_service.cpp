@@ -76,6 +76,30 @@ void others_take_turns_on_the_pool() {
     CHECK(jobs > 0);
 }
 
+// The later step's rows come first, all of them, and wait for the earlier step's.
+void steps_of_a_queue_keep_their_order() {
+    const auto queue = std::make_shared<neo::StepQueue>();
+    Rig first(20, 0, 2, queue);
+    Rig second(20, 0, 2, queue);
+    std::vector<int> served; // plain: only the queue protects it
+    first.on_compute = [&](int, const neo::DecodeBatch &) { served.push_back(1); };
+    second.on_compute = [&](int, const neo::DecodeBatch &) { served.push_back(2); };
+    for (int round = 0; round < 10; round++) {
+        served.clear();
+        first.service->begin_step(first.step(2));
+        second.service->begin_step(second.step(1));
+        second.ring_all(0);
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        first.ring_all(0);
+        first.ring_all(1);
+        second.service->end_step(std::nullopt);
+        std::vector<int> expected(2 * Rig::num_layers, 1);
+        expected.insert(expected.end(), Rig::num_layers, 2);
+        CHECK(served == expected);
+        first.service->end_step(std::nullopt);
+    }
+}
+
 void out_of_turn() {
     Rig rig;
     CHECK(MESSAGE_OF(neo::ServiceError, rig.service->end_step(std::nullopt)) ==
@@ -102,5 +126,6 @@ void test_service() {
     rung_ahead();
     reports_add_up();
     others_take_turns_on_the_pool();
+    steps_of_a_queue_keep_their_order();
     out_of_turn();
 }

@@ -174,6 +174,43 @@ void abort_from_another_thread() {
     serve_after_failure(rig);
 }
 
+// Neither a step that is given up while it waits nor one that fails holds others up.
+void failures_in_a_queue() {
+    const auto queue = std::make_shared<neo::StepQueue>();
+    Rig first(short_s, 0, 2, queue);
+    Rig second(short_s, 0, 2, queue);
+    first.service->begin_step(first.step(1));
+    second.service->begin_step(second.step(1));
+    second.ring_all(0);
+    second.service->abort_step("not waiting for that");
+    CHECK(MESSAGE_OF(ServiceError, second.service->end_step(std::nullopt)) ==
+          "not waiting for that");
+    std::this_thread::sleep_for(std::chrono::milliseconds(150)); // the first is overdue before it
+    second.service->begin_step(second.step(1));
+    second.ring_all(0);
+    CHECK(MESSAGE_OF(ServiceError, first.service->end_step(std::nullopt)) ==
+          "overdue: no request for layer 0, lane 0 within 0.3 s");
+    second.service->end_step(std::nullopt);
+    serve_after_failure(first);
+    serve_after_failure(second);
+}
+
+// Who waits behind a step that takes long, but gets on, is not late.
+void behind_a_slow_step() {
+    const auto queue = std::make_shared<neo::StepQueue>();
+    Rig first(1.0, 0, 2, queue);
+    Rig second(1.0, 0, 2, queue);
+    first.on_compute = [](int, const neo::DecodeBatch &) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(250));
+    };
+    first.service->begin_step(first.step(1));
+    second.service->begin_step(second.step(1));
+    first.ring_all(0);
+    second.ring_all(0);
+    second.service->end_step(std::nullopt);
+    first.service->end_step(std::nullopt);
+}
+
 void close_with_an_open_step() {
     Rig rig;
     rig.service->begin_step(rig.step(2));
@@ -216,6 +253,8 @@ void test_service_failures() {
     slow_but_steady();
     end_step_with_a_limit();
     abort_from_another_thread();
+    failures_in_a_queue();
+    behind_a_slow_step();
     close_with_an_open_step();
     destroyed_while_stuck();
 }
