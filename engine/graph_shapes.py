@@ -23,6 +23,8 @@ CAPTURE_ROWS = 2048
 """Spare rows that take as long as a capture: 12 to 19 µs each, 25 to 60 ms (Llama-3-8B and
 Llama-2-7B on an H200)."""
 
+_TILE = 64
+"""Rows; the ladders' steps are multiples of it."""
 _LEAST_VISITORS = 4
 """Of steps with prompts."""
 _USUAL_TOKENS = (256, 512, MAX_GRAPH_TOKENS)
@@ -194,23 +196,29 @@ class GraphShapes:
             rotates: Whether rows may rotate.
         """
         sizes = sorted({_at_least(self._tokens, min(n, self._tokens[-1])) for n in _USUAL_TOKENS})
-        lanes = [LaneShape(device=self._mixed(size)) for size in sizes]
-        shapes = [GraphShape((lane,)) for lane in lanes]
+        mixed = [LaneShape(device=self._mixed(size)) for size in sizes]
+        shapes = [GraphShape((lane,)) for lane in mixed]
         if not rotates:
             return shapes
         visitors = [_at_least(self._visitors, min(n, self._visitors[-1])) for n in _USUAL_VISITORS]
+        most = visitors[-1]
         decodes = [PagedShape(), *(self._decodes_between(*bounds) for bounds in _USUAL_DECODES)]
+        lanes = [*(LaneShape(device=self._mixed(size - most)) for size in sizes), mixed[-1]]
         for size in sizes:
-            prefills = PagedShape(size, 0, self._prefills[0], self._max_width)
-            written = self._num_written(prefills)
-            kinds = [*decodes, self._mixed(size)] if size < sizes[-1] else decodes
-            lanes += [
-                LaneShape(device=device, host_prefills=prefills, num_written=written)
-                for device in kinds
-            ]
-        shapes += [_with_visitors(lane, visitors[-1]) for lane in lanes]
-        rows = [LaneShape(device=device) for device in decodes]
-        return shapes + [_with_visitors(lane, number) for lane in rows for number in visitors]
+            mixed_too = [self._mixed(size - most)] if size < sizes[-1] else []
+            for device in [*decodes, *mixed_too]:
+                others = most + (0 if device.num_prefills else device.num_tokens)
+                # All rows together, or, so that the longest fit, prompts alone.
+                rooms = {size - others} | ({size} if size == sizes[-1] else set())
+                lanes += [self._with_host_prefills(device, room) for room in rooms if room > 0]
+        shapes += [_with_visitors(lane, most) for lane in dict.fromkeys(lanes)]
+        rows = [LaneShape(device=device) for device in dict.fromkeys(decodes)]
+        return shapes + [_with_visitors(lane, n) for lane in rows for n in dict.fromkeys(visitors)]
+
+    def _with_host_prefills(self, device: PagedShape, num_tokens: int) -> LaneShape:
+        prefills = PagedShape(num_tokens, 0, self._prefills[0], self._max_width)
+        written = self._num_written(prefills)
+        return LaneShape(device=device, host_prefills=prefills, num_written=written)
 
     def _decodes_between(self, least: int, most: int) -> PagedShape:
         """Return room for any number of decodes between two, of any length."""
@@ -245,20 +253,28 @@ class GraphShapes:
 
     def _roomy_lane(self, lane: LaneShape, num_visitors: int) -> LaneShape:
         device, host = lane.device, lane.host_prefills
+        num_entering = num_visitors if lane.num_entering else 0
+        num_host_decodes = _doubled(lane.num_host_decodes, self._few_rows[-1])
         if device.num_prefills:
-            device = replace(device, num_tokens=_doubled(device.num_tokens, self._tokens[-1]))
+            num_tokens = self._doubled_room(device.num_tokens, num_entering)
+            device = replace(device, num_tokens=num_tokens)
         device = replace(device, num_splits=_doubled(device.num_splits))
         if host.num_tokens:
-            host = replace(host, num_tokens=_doubled(host.num_tokens, self._tokens[-1]))
+            others = device.num_tokens + num_host_decodes + num_entering
+            host = replace(host, num_tokens=self._doubled_room(host.num_tokens, others))
         return replace(
             lane,
             device=device,
             host_prefills=host,
             num_prefix=lane.num_prefix and self.num_staging_blocks,
             num_written=self._num_written(host),
-            num_host_decodes=_doubled(lane.num_host_decodes, self._few_rows[-1]),
-            num_entering=num_visitors if lane.num_entering else 0,
+            num_host_decodes=num_host_decodes,
+            num_entering=num_entering,
         )
+
+    def _doubled_room(self, num_tokens: int, others: int) -> int:
+        alone = _doubled(num_tokens, self._tokens[-1])
+        return min(_doubled(num_tokens + others) - others, alone)
 
     def _largest_lane(self, num_host_tokens: int) -> LaneShape:
         """Return the largest lane, with so many tokens that go to the host."""
@@ -278,7 +294,7 @@ class GraphShapes:
         if gprf:
             num_decodes = _at_least(self._mixed_decodes, len(gdec))
             wanted = len(gdec) + sum(item.num_tokens for item in gprf)
-            num_tokens = _at_least(self._tokens, max(wanted, num_decodes))
+            num_tokens = self._room(max(wanted, num_decodes), num_entering)
         else:
             num_decodes = num_tokens = _at_least(ladder, len(gdec)) if gdec else 0
         longest = max((item.end for item in gdec), default=1)
@@ -290,9 +306,11 @@ class GraphShapes:
             self._backend.num_decode_splits(num_decodes, longest),
         )
         host, num_prefix = PagedShape(), 0
+        num_host_decodes = _at_least(self._few_rows, len(cdec)) if cdec else 0
         if cprf:
+            others = device.num_tokens + num_host_decodes + num_entering
             host = PagedShape(
-                _at_least(self._tokens, sum(item.num_tokens for item in cprf)),
+                self._room(sum(item.num_tokens for item in cprf), others),
                 0,
                 _at_least(self._prefills, len(cprf)),
                 self._filler.width(cprf, self._max_width),
@@ -304,9 +322,18 @@ class GraphShapes:
             host_prefills=host,
             num_prefix=num_prefix,
             num_written=self._num_written(host),
-            num_host_decodes=_at_least(self._few_rows, len(cdec)) if cdec else 0,
+            num_host_decodes=num_host_decodes,
             num_entering=num_entering,
         )
+
+    def _room(self, num_tokens: int, others: int) -> int:
+        """Return the room for tokens of prompts that makes a step of the ladder of all rows.
+
+        A few rows beyond a multiple of its tiles cost a matrix product as much as a whole tile.
+        """
+        rows = num_tokens + others
+        total = next((step for step in self._tokens if step >= rows), -(-rows // _TILE) * _TILE)
+        return min(total - others, self._tokens[-1])
 
     def _num_written(self, host: PagedShape) -> int:
         """Return the staging blocks that chunks are copied from; one may end within a block."""

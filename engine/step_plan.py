@@ -129,8 +129,9 @@ class StepPrediction:
     copying of `cprf` rows' K and V, `launch_s` the host's launching and `arriving_s` the moving of
     requests that come to the device, which all run beside the layers; `swap_s` is what moves before
     them; `fixed_s` is what a step costs beside its layers; `rotates` says that the CPU attends to
-    rotating rows, `most_rows` how many a layer computes at once. `tokens_per_s` is what the scheduler compares: decode tokens, with prefill tokens
-    counted at what they cost (see `engine.scheduling.step_former`).
+    rotating rows, `most_rows` how many a layer computes at once. `tokens_per_s` is what the
+    scheduler compares: decode tokens, with prefill tokens counted at what they cost (see
+    `engine.scheduling.step_former`).
     """
 
     step_s: float

@@ -1,8 +1,9 @@
 // The attention service: answers a whole step's decode attention through doorbells.
 //
 // For each layer, and in it for each lane, a thread of its own waits for the request bell, computes
-// and rings the answer bell, once earlier steps of the same queue are done. A second thread watches that something happens. Whatever goes wrong,
-// every wait of the step is released: its last ticket is rung on all answer bells.
+// and rings the answer bell, once earlier steps of the same queue are done. A second thread watches
+// that something happens. Whatever goes wrong, every wait of the step is released: its last ticket
+// is rung on all answer bells.
 //
 // Free of Python and of the kernels: what computes is passed in.
 #pragma once

@@ -3,9 +3,9 @@
 Offline tables go stale: the machine is shared, clocks fall, lengths differ from those measured.
 Each part has a factor that follows measured over predicted time, slowly and within bounds, so that
 one outlier cannot turn the scheduler's choice round. Factors multiply, so they move by logarithms.
-Linear layers of few and of many rows have a factor each. The host has factors for each way of using it, because what slows down answers that are waited for
-in every layer need not slow down those that are not. They fade while no step uses the host so: a
-slow spell must not rule it out for good.
+Linear layers of few and of many rows have a factor each. The host has factors for each way of using
+it, because what slows down answers that are waited for in every layer need not slow down those that
+are not. They fade while no step uses the host so: a slow spell must not rule it out for good.
 """
 
 import math

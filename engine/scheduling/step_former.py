@@ -64,7 +64,7 @@ class StepFormer:
         gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
         asymmetric = overlap = None
         if view.rotates is not False:
-            overlap = self._best_overlap(view, host_budget, weight)
+            overlap = self._best_overlap(view, budget - self._num_rotating_tokens(view), weight)
         if not view.rotates or (overlap is None and self._config.mode == "auto"):
             asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
         return self._choose(view, gpu_only, asymmetric, overlap)
@@ -99,6 +99,12 @@ class StepFormer:
         has_rows = any(s.rotating for s in draft.sub_batches)
         begins = bool(view.rotates) and draft.fills_host
         return draft if has_rows or begins else None
+
+    def _num_rotating_tokens(self, view: StepView) -> int:
+        """Return what rotating rows take of a step's tokens: those of a layer, or that sample."""
+        last = self._model.num_layers - 1
+        num_sampling = sum(request.rotation_layer == last for request in view.cdec)
+        return max(num_sampling, -(-len(view.cdec) // rotation_steps(self._model)))
 
     def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:
         base, admitted = self._prompts(view, budget, with_host=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cpu_kernels.attention import CpuAttention
+from cpu_kernels.topology import keep_off
 from tests.cpu_kernels.oracle import Case, make_case
 
 pytestmark = pytest.mark.ispc
@@ -105,6 +106,28 @@ def test_touch_fills_with_zeros_and_nothing_else(kernel_cache: Path, num_threads
     assert (memory[5:-5] == 0).all()
     assert (memory[:5] == 7).all()
     assert (memory[-5:] == 7).all()
+
+
+def test_a_thread_keeps_off_the_attention_threads(kernel_cache: Path) -> None:
+    before = os.sched_getaffinity(0)
+    if len(before) < 2:
+        pytest.skip("needs two CPUs")
+    found = []
+
+    def work() -> None:
+        with CpuAttention(kernel_cache, len(before) - 1) as attention:
+            was = keep_off(attention.cpus)
+            found.append((was, os.sched_getaffinity(0), set(attention.cpus)))
+            assert keep_off(before) is None  # nothing would be left
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    [(was, now, attention_cpus)] = found
+    assert was == before
+    assert now == before - attention_cpus
+    assert len(now) == 1
+    assert os.sched_getaffinity(0) == before
 
 
 def test_default_leaves_a_core(kernel_cache: Path) -> None:

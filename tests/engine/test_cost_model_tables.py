@@ -167,6 +167,40 @@ def test_a_rotation_that_ends_a_step_does_not_teach_the_hand_over() -> None:
         assert (model.factors["rotating_handover"] > before) == (attention_s < step_s)
 
 
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_a_rotation_teaches_the_device_its_own_time(share: float) -> None:
+    """Also where the step ends with the CPU's attention, and where it was expected to be slower."""
+    model = CorrectedCostModel(make_cost_model(handover_s=1e-5))
+    rotating = [SubBatchLoad(num_gdec=2, gdec_tokens=100, num_rotating=8, rotating_tokens=2000)]
+    first = predict(model, rotating)
+    assert first.exposed_cpu_s > 0
+    busy_s = share * (first.step_s - first.exposed_cpu_s)
+    for _ in range(500):
+        prediction = predict(model, rotating)
+        attention_s = sum(prediction.cpu_attention_s)
+        step_s = max(busy_s, attention_s)
+        model.observe(
+            prediction,
+            StepMeasurement(step_s=step_s, device_busy_s=busy_s, cpu_attention_s=attention_s),
+        )
+    found = predict(model, rotating)
+    assert found.step_s - found.exposed_cpu_s == pytest.approx(busy_s, rel=0.03)
+    assert (model.factors["linear"] > 1) == (share > 1)
+    assert model.factors["long_linear"] == 1.0
+
+
+def test_long_steps_say_nothing_about_decodes() -> None:
+    model = CorrectedCostModel(make_cost_model())
+    prompts = [SubBatchLoad(num_prefill_tokens=500, num_gdec=2, gdec_tokens=100)]
+    decode_s = predict(model, DECODES).step_s
+    slow_s = 1.5 * predict(model, prompts).step_s
+    for _ in range(500):
+        prediction = predict(model, prompts)
+        model.observe(prediction, StepMeasurement(step_s=slow_s))
+    assert predict(model, prompts).step_s == pytest.approx(slow_s, rel=0.02)
+    assert predict(model, DECODES).step_s == decode_s
+
+
 @pytest.mark.parametrize("moved", [{"swap_tokens": 100}, {"arriving_tokens": 100}])
 def test_a_step_that_moved_blocks_teaches_nothing_as_a_whole(moved: dict[str, int]) -> None:
     model = CorrectedCostModel(make_cost_model())

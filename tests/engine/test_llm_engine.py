@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, RequestError
+from engine.errors import CheckpointError, ConfigError, RequestError
 from engine.llm_engine import LLMEngine
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
@@ -230,6 +230,16 @@ def test_a_failing_launch_loses_nothing_of_the_step_before(
     assert len(finished["short"].outputs[0].token_ids) == 1
     assert_empty(engine)
     engine.close()
+
+
+def test_a_step_log_that_cannot_be_written_is_told_at_once(folder: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    config = EngineConfig(
+        model=str(folder), device="cpu", log_steps=tmp_path / "missing" / "steps.jsonl"
+    )
+    with pytest.raises(ConfigError, match="cannot write the step log"):
+        LLMEngine(config, told.append)
+    assert not told
 
 
 def test_a_failing_step_spares_requests_that_were_not_part_of_it(

@@ -153,7 +153,7 @@ def test_a_rotating_token_takes_as_many_steps_as_there_are_layers_and_one() -> N
 
 
 def test_a_limit_on_a_token_s_time_counts_all_steps_of_a_rotation() -> None:
-    lengths = uniform(120, 1000, 200)
+    lengths = uniform(200, 1000, 400)
     options = {"device_tokens": 20_000, "host_tokens": 400_000, "max_num_batched_tokens": 1024}
     free = simulate(AT_ONCE, LLAMA3_8B, lengths, mode="auto", **options)
     limited = simulate(AT_ONCE, LLAMA3_8B, lengths, mode="auto", tpot_limit_ms=100, **options)

@@ -74,9 +74,7 @@ struct Rig {
     }
 
     // A lane's rows for all layers at once, as a device that does not look at answers would.
-    void ring_all(int lane) {
-        service->ring(lane, service->first_ticket(lane) + num_layers - 1);
-    }
+    void ring_all(int lane) { service->ring(lane, service->first_ticket(lane) + num_layers - 1); }
 
     // The device's side of one lane: write rows, ring, wait, check. round: steps before this one.
     void drive(int lane, int round) {
