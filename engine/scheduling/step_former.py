@@ -13,6 +13,7 @@ they rotate, the layers that they are through are lost with a step that computes
 Rotating rows are worth a layer of a token each (see `rotating`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -101,10 +102,10 @@ class StepFormer:
         return draft if has_rows or begins else None
 
     def _num_rotating_tokens(self, view: StepView) -> int:
-        """Return what rotating rows take of a step's tokens: those of a layer, or that sample."""
-        last = self._model.num_layers - 1
-        num_sampling = sum(request.rotation_layer == last for request in view.cdec)
-        return max(num_sampling, -(-len(view.cdec) // rotation_steps(self._model)))
+        """Return what rotating rows take of a step's tokens: most of them in a layer at once."""
+        layers = Counter(r.rotation_layer for r in view.cdec if r.rotation_layer is not None)
+        num_entering = -(-len(view.cdec) // rotation_steps(self._model))
+        return max([num_entering, *layers.values()])
 
     def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:
         base, admitted = self._prompts(view, budget, with_host=True)

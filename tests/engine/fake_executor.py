@@ -1,5 +1,6 @@
 """Stands for the model, the two memories and the clock: what is in which block, and what if not."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from engine.cost_model import CostModel, load_of, predict, rotation_steps
@@ -69,13 +70,15 @@ class FakeExecutor:
             self.copy(swap.host_blocks, Placement.HOST, swap.device_blocks, Placement.DEVICE)
 
     def check_rows(self, plan: StepPlan) -> None:
-        scheduled = [item for s in plan.sub_batches for item in s.resident]
-        scheduled += [row.share for row in plan.rotating]
+        resident = [item for s in plan.sub_batches for item in s.resident]
+        scheduled = resident + [row.share for row in plan.rotating]
         requests = {item.request for item in scheduled}
         assert len(requests) == len(scheduled) <= self.limits.max_num_seqs
         restarted = set(plan.preempted) & requests
         assert not restarted or all(item.start == 0 for item in scheduled)
-        assert 0 < sum(i.num_tokens for i in scheduled) <= self.limits.max_num_batched_tokens
+        most_rotating = max(Counter(row.next_layer for row in plan.rotating).values(), default=0)
+        num_tokens = sum(item.num_tokens for item in resident) + most_rotating
+        assert 0 < num_tokens <= self.limits.max_num_batched_tokens
         for sub_batch in plan.sub_batches:
             assert not sub_batch.is_empty
             assert all(item.num_tokens == 1 for item in sub_batch.gdec + sub_batch.cdec)
