@@ -19,6 +19,7 @@ from engine.backends import Backend, HostStepTimes
 from engine.batch import Batch
 from engine.batch_builder import BatchBuilder
 from engine.cost_model.table import StepTables, Table, num_visible_pairs
+from engine.graph_limits import MAX_GRAPH_TOKENS
 from engine.kv_blocks import BlockPool
 from engine.models import DecoderModel
 from engine.request import Request
@@ -26,7 +27,7 @@ from engine.sampler import launch_sampling
 from engine.sampling_params import SamplingParams
 from engine.step_plan import ScheduledRequest, SubBatch
 
-METHOD = 2
+METHOD = 3
 """Raised when points are measured in another way, so that tables kept before are not used."""
 REPEATS = 3
 HEAD_START_S = 0.0008
@@ -35,6 +36,8 @@ _GPU_CLOCK_HZ = 2e9
 """Roughly; no GPU is so much faster that its head start would be too short."""
 _USUAL_TOKENS = 512
 """Of a request, where there are few tokens in all; with more tokens, requests are longer."""
+_TILE = 128
+"""Rows of a matrix product that a GPU computes together, at least, if there are many."""
 MAX_POINT_S = 2.0
 """A table grows no further once one run of a point takes this long; beyond, lines go on."""
 
@@ -115,7 +118,7 @@ class Profiler:
     def _linear(self) -> Table:
         """Time both halves of all layers, by rows."""
         points = []
-        for num_rows in _powers(1, self._max_rows, start=(1, 8, 16)):
+        for num_rows in linear_sizes(self._max_rows, tiled=self._backend.device.type == "cuda"):
             seconds = self._time(self._layers(num_rows))
             points.append((num_rows, seconds / self._num_layers))
             if seconds > MAX_POINT_S:
@@ -329,6 +332,18 @@ def _rising(points: Sequence[tuple[float, float]]) -> Table:
     """Return a table in which more never takes less: where it seemed to, the clock was noisy."""
     seconds = itertools.accumulate((y for _, y in points), max)
     return Table(zip((x for x, _ in points), seconds, strict=True))
+
+
+def linear_sizes(most: int, *, tiled: bool) -> list[int]:
+    """Return the numbers of rows that linear layers are timed for.
+
+    Args:
+        most: The largest.
+        tiled: Whether time goes by tiles, as on a GPU: 548 rows take as long as 768 may. Then
+            prompts' usual sizes are timed one tile after the other.
+    """
+    tiles = range(_TILE, min(most, MAX_GRAPH_TOKENS) + 1, _TILE) if tiled else ()
+    return sorted({*_powers(1, most, start=(1, 8, 16)), *tiles})
 
 
 def _powers(least: int, most: int, start: tuple[int, ...]) -> list[int]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.kv_blocks import BlockPool
-from engine.profiler import Profiler
+from engine.profiler import Profiler, linear_sizes
 
 TOKEN_S, ROW_S = 1e-6, 2e-6
 
@@ -56,3 +56,18 @@ def test_decode_attention_is_told_apart_by_tokens_and_rows(
     for num_seqs, length in list(seen):
         predicted = table(num_seqs * length) + num_seqs * row_s
         assert predicted == pytest.approx(point(profiler, "cdec", num_seqs, length), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("most", "tiled", "expected"),
+    [
+        (1, True, [1]),
+        (4, False, [1, 2, 4]),
+        (100, True, [1, 8, 16, 32, 64, 100]),
+        (832, False, [1, 8, 16, 32, 64, 128, 256, 512, 832]),
+        (832, True, [1, 8, 16, 32, 64, 128, 256, 384, 512, 640, 768, 832]),
+        (4096, True, [1, 8, 16, 32, 64, *range(128, 1025, 128), 2048, 4096]),
+    ],
+)
+def test_linear_layers_are_timed_tile_by_tile_where_there_are_tiles(most, tiled, expected) -> None:
+    assert linear_sizes(most, tiled=tiled) == expected
