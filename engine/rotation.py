@@ -17,7 +17,7 @@ from engine.step_plan import RotatingRow, ScheduledRequest, StepPlan
 _MAX_SEGMENTS = 4
 """Hand-overs of a step. With four, each answer may take half a step longer than its share of it."""
 
-_LEAST_VISITORS = 8
+_LEAST_ROOM = 8
 """Of a layer that there is room for, however few rows may rotate."""
 
 
@@ -149,7 +149,7 @@ def segment_rows(num_layers: int, max_rows: int) -> int:
         num_layers: Of the model.
         max_rows: Most rows that rotate at once.
     """
-    return max(max_rows, _LEAST_VISITORS * _longest_segment(num_layers))
+    return max(max_rows, _LEAST_ROOM * _longest_segment(num_layers))
 
 
 def most_visitors(num_layers: int, max_rows: int) -> int:

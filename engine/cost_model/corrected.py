@@ -24,8 +24,6 @@ _PARTS = (*_DEVICE_PARTS, "long_linear", *_HOST_PARTS, *_ROTATING_PARTS, "swap")
 _FEW_ROWS = 64
 """Up to so many, linear layers take what reading the weights takes. Beyond, they depend on clocks,
 which fall where a GPU runs into its power limit: that says nothing about steps that only decode."""
-_HIDDEN_SHARE = 0.9
-"""Of a step, what rotating rows' attention takes if the step does not end with it."""
 
 
 class CorrectedCostModel:
@@ -164,10 +162,9 @@ def _host_parts(prediction: StepPrediction) -> tuple[str, str]:
 
 
 def _tells_handover(prediction: StepPrediction, measured: StepMeasurement) -> bool:
-    if measured.handover_s is not None or prediction.handover_s == 0 or prediction.moves_kv:
+    if prediction.rotates or prediction.moves_kv:
         return False
-    attention_s = measured.cpu_attention_s or 0.0
-    return not prediction.rotates or attention_s < _HIDDEN_SHARE * measured.step_s
+    return measured.handover_s is None and prediction.handover_s > 0
 
 
 def _linear_part(prediction: StepPrediction) -> str:
@@ -195,8 +192,8 @@ def _device_parts(
     names = _DEVICE_PARTS if _linear_part(prediction) == "linear" else _LONG_PARTS
     ratio = taken_s / predicted_s
     if names is _LONG_PARTS:
-        prompts_s = sum(parts[name] for name in names)
-        ratio = max(0.0, prompts_s + taken_s - predicted_s) / prompts_s
+        long_s = sum(parts[name] for name in names)
+        ratio = max(0.0, long_s + taken_s - predicted_s) / long_s
     return {name: parts[name] * ratio for name in names}
 
 

@@ -102,7 +102,12 @@ class SurprisingSimulator(Simulator):
         attention_s = sum(real.cpu_attention_s) or None
         assert plan.prediction is not None
         self.corrected.observe(
-            plan.prediction, StepMeasurement(step_s=real.step_s, cpu_attention_s=attention_s)
+            plan.prediction,
+            StepMeasurement(
+                step_s=real.step_s,
+                device_busy_s=real.step_s - real.exposed_cpu_s,
+                cpu_attention_s=attention_s,
+            ),
         )
         return real.step_s
 

@@ -156,15 +156,16 @@ def test_each_way_of_using_the_host_learns_for_itself() -> None:
     assert 1.0 < model.factors["rotating_attention"] < 1.9
 
 
-def test_a_rotation_that_ends_a_step_does_not_teach_the_hand_over() -> None:
+def test_a_rotation_does_not_teach_the_hand_over_unless_the_device_s_time_is_known() -> None:
+    """A step that was long may have ended with the CPU's attention."""
     model = CorrectedCostModel(make_cost_model(handover_s=1e-5))
     rotating = [SubBatchLoad(num_gdec=2, gdec_tokens=100, num_rotating=8, rotating_tokens=2000)]
     predicted = predict(model, rotating)
-    for attention_s, step_s in ((1.0, 1.0), (0.1 * predicted.step_s, 2 * predicted.step_s)):
-        measured = StepMeasurement(step_s=step_s, cpu_attention_s=attention_s)
-        before = model.factors["rotating_handover"]
-        model.observe(predicted, measured)
-        assert (model.factors["rotating_handover"] > before) == (attention_s < step_s)
+    whole = {"step_s": 2 * predicted.step_s, "cpu_attention_s": predicted.step_s}
+    model.observe(predicted, StepMeasurement(**whole))
+    assert model.factors["rotating_handover"] == 1.0
+    model.observe(predicted, StepMeasurement(**whole, device_busy_s=predicted.step_s))
+    assert model.factors["rotating_handover"] > 1.0
 
 
 @pytest.mark.parametrize("share", [0.5, 2.0])
