@@ -7,6 +7,7 @@ import pytest
 from engine.errors import ConfigError
 from engine.kv_blocks import BlockPool
 from engine.request import FinishReason, Placement
+from engine.scheduling.offload_policy import OffloadPolicy
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.step_plan import StepMode, StepPlan
 from tests.engine.cost_tables import make_cost_model
@@ -234,3 +235,24 @@ def test_options_are_checked(options, message) -> None:
 def test_pools_must_have_the_same_block_size() -> None:
     with pytest.raises(ValueError, match="same block_size, got 4 and 8"):
         Scheduler(SchedulerConfig(), BlockPool(4, 4), BlockPool(4, 8), make_cost_model())
+
+
+@pytest.mark.parametrize(("second_layer", "expected"), [(None, "second"), (0, "first")])
+def test_who_is_between_two_tokens_leaves_a_rotation_first(second_layer, expected) -> None:
+    scheduler, _ = make_scheduler(20, 40, mode="overlap")
+    for name, layer in (("first", 1), ("second", second_layer)):
+        request = make_request(name, 5, 9)
+        scheduler.add(request)
+        scheduler._start(request, Placement.HOST)
+        request.num_computed_tokens, request.rotation_layer = 4, layer
+    [swap] = scheduler.plan_step().swaps_in
+    assert swap.request.request_id == expected
+
+
+def test_a_load_that_has_doubled_is_looked_at_before_its_time() -> None:
+    model = make_cost_model()
+    policy = OffloadPolicy(SchedulerConfig(policy_interval_steps=1000), model, 64, 6400)
+    requests = [make_request(str(i), 40, 40) for i in range(5)]
+    for num_waiting, num_looked_at in ((2, 2), (4, 2), (5, 5)):
+        policy.update([], requests[:num_waiting])
+        assert policy._last_load.num_requests == num_looked_at
