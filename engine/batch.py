@@ -18,9 +18,9 @@ import torch
 class PagedRows:
     """Rows whose KV one pool holds. T tokens, S requests, of which the first D are decodes.
 
-    There may be more places than rows. A decode to spare has length 0; if it is a prefill's row at
-    the same time, what decode attention leaves there is overwritten. Prefills to spare begin where
-    the last one ends, and tokens to spare have slot -1.
+    There may be more places than rows. A decode to spare has length 0; decode attention may run
+    beside prefill attention and must leave its row alone, which may be a prefill's. Prefills to
+    spare begin where the last one ends, and tokens to spare have slot -1.
 
     Args:
         num_decodes: D; each has one token, and they come first.
@@ -51,6 +51,11 @@ class PagedRows:
     def num_seqs(self) -> int:
         """S."""
         return int(self.seq_lens.shape[0])
+
+    @property
+    def has_prefills(self) -> bool:
+        """Whether there are places for prefills."""
+        return self.num_seqs > self.num_decodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,10 +85,6 @@ def decode_attention_kernel(
     q_head = kv_head * GROUP_SIZE + offs_g
     q_mask = (offs_g < GROUP_SIZE)[:, None] & (offs_d < HEAD_DIM)[None, :]
     if start >= end:
-        if not WRITE_PARTIALS:
-            zeros = tl.zeros([TILE_G, TILE_D], dtype=out_ptr.dtype.element_ty)
-            out_offs = seq * stride_out + q_head[:, None] * HEAD_DIM + offs_d[None, :]
-            tl.store(out_ptr + out_offs, zeros, mask=q_mask)
         return
 
     q_offs = seq * stride_q + q_head[:, None] * HEAD_DIM + offs_d[None, :]
@@ -148,7 +144,7 @@ def paged_decode_attention(
     """Computes attention of one new token a sequence over its cached K and V.
 
     Scores, softmax and sums are float32. Rows with seq_len 0 (padding of a captured batch) read
-    neither block table nor pool and give zeros. The result depends on `num_splits` by
+    neither block table nor pool and stay as they are. The result depends on `num_splits` by
     rounding; fix it, or `max_seq_len`, where runs must repeat bit for bit.
 
     Args:

@@ -36,12 +36,14 @@ def merge_splits_kernel(
     """Merges the splits of one query head.
 
     Grid (num_q_heads, num_seqs). A program owns one output row of HEAD_DIM elements. Only splits
-    that hold tokens are read: the others were never written. An empty sequence gives zeros.
+    that hold tokens are read: the others were never written. Rows of empty sequences stay.
     """
     q_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     begin(USE_PDL)
     seq_len = tl.load(seq_lens_ptr + seq)
+    if seq_len == 0:
+        return
     num_tiles = tl.cdiv(seq_len, tile_n)
     tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
     num_used = tl.cdiv(num_tiles, tiles_per_split)
@@ -65,7 +67,7 @@ def merge_splits_kernel(
         partial = tl.load(partial_ptr + partial_offs, mask=mask, other=0.0)
         acc += tl.sum(partial * weight[:, None], 0)
         total += tl.sum(weight, 0)
-    acc = tl.where(num_used > 0, acc / tl.where(num_used > 0, total, 1.0), 0.0)
+    acc = acc / total
     out_offs = seq * stride_out + q_head * HEAD_DIM + offs_d
     tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
@@ -97,7 +99,7 @@ def merge_splits(
     num_splits: int,
     tile_n: int,
 ) -> None:
-    """Merges the splits of every row of `out`; empty sequences give zeros.
+    """Merges the splits of every row of `out`; rows of empty sequences stay as they are.
 
     Args:
         out: [num_seqs, num_q_heads, head_dim], any float dtype, rows may be strided; overwritten.

@@ -22,7 +22,15 @@ from gpu_kernels.checks import (
     check_pool,
     check_tensor,
 )
-from gpu_kernels.tiles import PrefillTiles, gpu_class, next_power_of_2, prefill_tiles
+from gpu_kernels.tiles import (
+    PrefillTiles,
+    fills_gpu,
+    gpu_class,
+    next_power_of_2,
+    num_multiprocessors,
+    prefill_tiles,
+    short_prefill_tiles,
+)
 
 
 @triton.jit
@@ -220,7 +228,10 @@ def paged_prefill_attention(
     if total_q == 0 or num_seqs == 0:
         return
     if tiles is None:
-        tiles = prefill_tiles(head_dim, q.dtype, gpu_class(q.device))
+        shape_class = (head_dim, q.dtype, gpu_class(q.device))
+        tiles = prefill_tiles(*shape_class)
+        if not fills_gpu(total_q * num_q_heads, num_multiprocessors(q.device), tiles):
+            tiles = short_prefill_tiles(*shape_class)
     num_tiles = total_q // (tiles.tile_m // group_size) + num_seqs
     prefill_attention_kernel[(num_kv_heads, num_tiles)](
         out, q, k_cache, v_cache, block_tables, cu_seqlens_q, seq_lens,

@@ -95,6 +95,28 @@ def prefill_tiles(head_dim: int, dtype: torch.dtype, gpu: GpuClass) -> PrefillTi
     return PrefillTiles(tile_m=128, tile_n=64, num_warps=8, num_stages=3, max_registers=128)
 
 
+def short_prefill_tiles(head_dim: int, dtype: torch.dtype, gpu: GpuClass) -> PrefillTiles:
+    """The same for chunks too short to fill the GPU: lower tiles, of which there are more.
+
+    29 instead of 36 µs for 492 tokens that see up to 992, and 99 instead of 123 for as many that
+    see up to 3,992 (H200, 32 query and 8 KV heads).
+    """
+    if dtype == torch.float32 or gpu != "large" or head_dim > 128:
+        return prefill_tiles(head_dim, dtype, gpu)
+    return PrefillTiles(tile_m=64, tile_n=64, num_warps=4, num_stages=3)
+
+
+def fills_gpu(num_rows: int, num_sms: int, tiles: PrefillTiles) -> bool:
+    """Whether tiles of so many (token, head) rows take most of the places on a GPU.
+
+    Args:
+        num_rows: Tokens times query heads.
+        num_sms: Multiprocessors of the GPU, with two places each.
+        tiles: As of `prefill_tiles`.
+    """
+    return 4 * num_rows >= 3 * 2 * num_sms * tiles.tile_m
+
+
 def decode_num_splits(num_seqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
     """Chooses into how many splits decode attention cuts each sequence.
 

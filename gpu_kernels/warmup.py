@@ -25,6 +25,7 @@ from gpu_kernels import (
     rotating_rows,
 )
 from gpu_kernels.linear import LinearLayers
+from gpu_kernels.tiles import gpu_class, prefill_tiles, short_prefill_tiles
 
 KERNELS: tuple[Any, ...] = (
     decode_attention.decode_attention_kernel,
@@ -172,10 +173,15 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
             out, q, k_cache, v_cache, tables, seq_lens, 1.0,
             max_seq_len=1, num_splits=num_splits,
         )  # fmt: skip
-    launch(
-        "prefill attention", prefill_attention.paged_prefill_attention,
-        out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 1.0,
-    )  # fmt: skip
+    shape_class = (shape.head_dim, shape.dtype, gpu_class(device))
+    for name, tiles in (
+        ("short prefill attention", short_prefill_tiles(*shape_class)),
+        ("prefill attention", prefill_tiles(*shape_class)),
+    ):
+        launch(
+            name, prefill_attention.paged_prefill_attention,
+            out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 1.0, tiles=tiles,
+        )  # fmt: skip
     launch(
         "rope and store", rope_store.rope_store_kv,
         q, k, v, positions, cos_sin, k_cache, v_cache, positions,

@@ -49,6 +49,7 @@ class CudaBackend:
         self._host: HostAttention | None = None
         self._staging: Staging | None = None
         self._swaps: Swaps | None = None
+        self._prefill_stream = torch.cuda.Stream(device)
         self._batches: Sequence[Batch] = ()
         # Rows of host-resident decodes are rotated like all others but stored by the CPU.
         self._no_slots = torch.empty(0, dtype=torch.int64)
@@ -258,23 +259,57 @@ class CudaBackend:
             positions = batch.positions[rows]
             self._rope_store(qkv[rows], positions, slots, cos_sin, norms, *caches)
             self._checked_host().send(lane, layer, qkv[rows])
-        device = slice(0, batch.device_rows.num_tokens)
-        if batch.device_rows.num_tokens:
+        device = batch.device_rows
+        caches = (self._k_cache[layer], self._v_cache[layer])
+        if device.num_tokens:
+            rows = slice(0, device.num_tokens)
+            positions, slots = batch.positions[rows], device.slot_mapping
+            self._rope_store(qkv[rows], positions, slots, cos_sin, norms, *caches)
+        if not self._forks(batch):
+            self._attend_decodes(qkv, out, *caches, device)
+            self._prefill(lane, layer, qkv, out, cos_sin, norms)
+            return out.flatten(1)
+        # Decodes wait for memory, prefills for arithmetic.
+        stream = torch.cuda.current_stream(self.device)
+        self._prefill_stream.wait_stream(stream)
+        with torch.cuda.stream(self._prefill_stream):
+            self._prefill(lane, layer, qkv, out, cos_sin, norms)
+        self._attend_decodes(qkv, out, *caches, device)
+        stream.wait_stream(self._prefill_stream)
+        return out.flatten(1)
+
+    def _forks(self, batch: Batch) -> bool:
+        """Return whether prefill attention runs beside decode attention.
+
+        In graphs only: elsewhere, launching is what takes time.
+        """
+        has_prefills = batch.device_rows.has_prefills or batch.host_prefills is not None
+        both = has_prefills and batch.device_rows.num_decodes > 0
+        return both and torch.cuda.is_current_stream_capturing()
+
+    def _prefill(
+        self,
+        lane: int,
+        layer: int,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        cos_sin: torch.Tensor,
+        norms: LayerNorms | None,
+    ) -> None:
+        """Attend prompts; those that go to the host are rotated and copied, too."""
+        batch = self._batches[lane]
+        if batch.device_rows.has_prefills:
+            rows = slice(0, batch.device_rows.num_tokens)
             caches = (self._k_cache[layer], self._v_cache[layer])
-            slots = batch.device_rows.slot_mapping
-            positions = batch.positions[device]
-            self._rope_store(qkv[device], positions, slots, cos_sin, norms, *caches)
-            self._attend(device, qkv, out, *caches, batch.device_rows)
+            self._attend_prefills(rows, qkv, out, *caches, batch.device_rows)
         if batch.host_prefills is not None:
             assert self._staging is not None, "there is no host pool"
             rows, prefills = batch.host_prefill_tokens, batch.host_prefills
             caches = self._staging.begin_layer(lane, layer, prefills)
-            slots = prefills.rows.slot_mapping
-            positions = batch.positions[rows]
+            positions, slots = batch.positions[rows], prefills.rows.slot_mapping
             self._rope_store(qkv[rows], positions, slots, cos_sin, norms, *caches)
             self._staging.end_layer(lane, layer, prefills)
-            self._attend(rows, qkv, out, *caches, prefills.rows)
-        return out.flatten(1)
+            self._attend_prefills(rows, qkv, out, *caches, prefills.rows)
 
     def finish_attention(self, lane: int, layer: int, out: torch.Tensor) -> None:
         """Take the CPU's answer; see `Backend`."""
@@ -361,7 +396,30 @@ class CudaBackend:
             **_norm_options(norms),
         )
 
-    def _attend(
+    def _attend_decodes(
+        self,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        rows: PagedRows,
+    ) -> None:
+        """Attend decodes of device-resident requests."""
+        count = rows.num_decodes
+        if count:
+            paged_decode_attention(
+                out[:count],
+                self._heads(qkv[:count])[0],
+                k_cache,
+                v_cache,
+                rows.block_tables[:count],
+                rows.seq_lens[:count],
+                self._checked_shape().softmax_scale,
+                max_seq_len=rows.max_decode_len,
+                num_splits=rows.num_splits,
+            )
+
+    def _attend_prefills(
         self,
         tokens: slice,
         qkv: torch.Tensor,
@@ -370,32 +428,17 @@ class CudaBackend:
         v_cache: torch.Tensor,
         rows: PagedRows,
     ) -> None:
-        """Attend rows whose K and V are in a pool on the device."""
-        q, out = self._heads(qkv[tokens])[0], out[tokens]
-        scale, num_decodes = self._checked_shape().softmax_scale, rows.num_decodes
-        if num_decodes:
-            paged_decode_attention(
-                out[:num_decodes],
-                q[:num_decodes],
-                k_cache,
-                v_cache,
-                rows.block_tables[:num_decodes],
-                rows.seq_lens[:num_decodes],
-                scale,
-                max_seq_len=rows.max_decode_len,
-                num_splits=rows.num_splits,
-            )
-        if rows.num_seqs > num_decodes:
-            paged_prefill_attention(
-                out,
-                q,
-                k_cache,
-                v_cache,
-                rows.block_tables[num_decodes:],
-                rows.prefill_cu_seqlens_q,
-                rows.seq_lens[num_decodes:],
-                scale,
-            )
+        """Attend prompts whose K and V are in a pool on the device, decodes among them or not."""
+        paged_prefill_attention(
+            out[tokens],
+            self._heads(qkv[tokens])[0],
+            k_cache,
+            v_cache,
+            rows.block_tables[rows.num_decodes :],
+            rows.prefill_cu_seqlens_q,
+            rows.seq_lens[rows.num_decodes :],
+            self._checked_shape().softmax_scale,
+        )
 
     def close(self) -> None:
         """Free the pools and stop the attention threads."""

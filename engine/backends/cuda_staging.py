@@ -15,6 +15,8 @@ from engine.batch import HostPrefillRows, StagedCopy
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 
 _NUM_BUFFERS = 2
+_PROGRAMS_IN = 32
+"""Of a copy from the host: prefill attention waits for it, decode attention runs beside it."""
 _PROGRAMS_OUT = 4
 """Of a copy to the host beside a step. If they want to write more than PCIe takes, all that the
 device reads and writes waits: decode steps of Llama-3-8B on an H200 took 1.82, 1.48 and 1.21 times
@@ -117,5 +119,5 @@ class Staging:
         pools = (self._host.k_pool[layer : layer + 1], self._host.v_pool[layer : layer + 1])
         if to_host:
             swap_out_kv(*staged, *pools, blocks.host_ids, max_programs=_PROGRAMS_OUT)
-        else:  # the layer waits for it
-            swap_in_kv(*staged, *pools, blocks.host_ids)
+        else:
+            swap_in_kv(*staged, *pools, blocks.host_ids, max_programs=_PROGRAMS_IN)

@@ -76,8 +76,12 @@ class PlayedEvent:
 
 
 @contextlib.contextmanager
-def cuda_backend_on_cpu() -> Iterator[None]:
-    """Let engines made within use the CUDA backend on CPU tensors."""
+def cuda_backend_on_cpu(*, captures: bool) -> Iterator[None]:
+    """Let engines made within use the CUDA backend on CPU tensors.
+
+    Args:
+        captures: Steps are launched as while a graph is captured.
+    """
     with contextlib.ExitStack() as patches:
         for name, played in {
             "Stream": PlayedStream,
@@ -85,6 +89,7 @@ def cuda_backend_on_cpu() -> Iterator[None]:
             "stream": lambda stream: contextlib.nullcontext(),
             "current_stream": PlayedStream,
             "synchronize": lambda device=None: None,
+            "is_current_stream_capturing": lambda: captures,
             "get_device_name": lambda device: "Triton's interpreter",
         }.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, played))
@@ -120,7 +125,7 @@ def main() -> None:
     expected = serve(folder, {"mode": "gpu-only"})["got"]
     for name, (is_static, options) in CASES.items():
         start = time.perf_counter()
-        with cuda_backend_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        with cuda_backend_on_cpu(captures=is_static), pytest.MonkeyPatch.context() as patch:
             if is_static:
                 use_static_buffers(patch)
             result = {"case": name, "expected": expected} | serve(folder, options)

@@ -1,11 +1,14 @@
 """Both attention kernels on a GPU against the float32 oracle, over the house-style cases."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.merge_splits import paged_decode_workspace_size
 from gpu_kernels.prefill_attention import paged_prefill_attention
+from gpu_kernels.tiles import PrefillTiles, gpu_class, prefill_tiles, short_prefill_tiles
 from tests.gpu_kernels.gpu import DTYPES, MARKS
 from tests.gpu_kernels.inputs import PagedBatch, make_paged_batch, random_rows
 from tests.gpu_kernels.kernel_checks import check_decode, check_prefill, poisoned
@@ -61,14 +64,23 @@ def test_decode_block_sizes(block_size: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", PREFILL_LENGTHS.values(), ids=PREFILL_LENGTHS.keys())
-def test_prefill_lengths(lengths: list[tuple[int, int]], dtype: torch.dtype) -> None:
-    check_prefill(lengths, head_dim=128, dtype=dtype)
+@pytest.mark.parametrize("tiles_for", [prefill_tiles, short_prefill_tiles])
+def test_prefill_lengths(
+    lengths: list[tuple[int, int]], dtype: torch.dtype, tiles_for: Callable[..., PrefillTiles]
+) -> None:
+    tiles = tiles_for(128, dtype, gpu_class(torch.device("cuda")))
+    check_prefill(lengths, head_dim=128, dtype=dtype, tiles=tiles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_prefill_head_dims(head_dim: int, dtype: torch.dtype) -> None:
-    check_prefill([(0, 150), (200, 33), (40, 1)], head_dim=head_dim, dtype=dtype)
+@pytest.mark.parametrize("tiles_for", [prefill_tiles, short_prefill_tiles])
+def test_prefill_head_dims(
+    head_dim: int, dtype: torch.dtype, tiles_for: Callable[..., PrefillTiles]
+) -> None:
+    tiles = tiles_for(head_dim, dtype, gpu_class(torch.device("cuda")))
+    lengths = [(0, 150), (200, 33), (40, 1)]
+    check_prefill(lengths, head_dim=head_dim, dtype=dtype, tiles=tiles)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -116,7 +128,7 @@ def test_decode_repeats_bit_for_bit_and_replays_in_a_graph() -> None:
             max_seq_len=1000, num_splits=4, workspace=workspace,
         )  # fmt: skip
 
-    first, second, replayed = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
+    first, second, replayed = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(q)
     run(first)
     run(second)
     assert torch.equal(first, second)
