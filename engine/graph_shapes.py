@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 
 from engine.backends import Backend
 from engine.batch_builder import BatchBuilder
-from engine.graph_limits import MAX_GRAPH_TOKENS, MAX_STAGED_TOKENS
+from engine.graph_limits import (
+    MAX_GRAPH_TOKENS,
+    MAX_STAGED_TOKENS,
+    PROMPT_VISITORS,
+    USUAL_DECODES,
+    padded_tiles,
+    whole_tiles,
+)
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, LaneShape, PagedShape
 from engine.step_plan import SubBatch
@@ -23,13 +30,14 @@ CAPTURE_ROWS = 2048
 """Spare rows that take as long as a capture: 12 to 19 µs each, 25 to 60 ms (Llama-3-8B and
 Llama-2-7B on an H200)."""
 
-_TILE = 64
-"""Rows; the ladders' steps are multiples of it."""
-_LEAST_VISITORS = 4
-"""Of steps with prompts."""
+_FEW_ROWS = 32
+"""Up to so many, linear layers have kernels of their own on some GPUs."""
+_BEYOND_FEW_ROWS = 64
+"""What a step of more than these takes longer, in rows that it might have instead."""
 _USUAL_TOKENS = (256, 512, MAX_GRAPH_TOKENS)
-_USUAL_DECODES = ((1, 8), (9, 32))
-_USUAL_VISITORS = (4, 8)
+_USUAL_PREFIX = 64
+"""Blocks of prompts that come back from the host for their next chunk."""
+_USUAL_VISITORS = (4, PROMPT_VISITORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +136,7 @@ class GraphShapes:
         self._tokens = token_ladder(min(max_num_tokens, MAX_GRAPH_TOKENS), max_num_seqs)
         self._max_width = pool.blocks_for(max_model_len)
         self.num_staging_blocks = pool.blocks_for(MAX_STAGED_TOKENS)
+        self._prefixes = _steps([_USUAL_PREFIX], self.num_staging_blocks)
         self._staging_width = min(self.num_staging_blocks, self._max_width)
         self._spared: Counter[GraphShape] = Counter()
 
@@ -172,8 +181,9 @@ class GraphShapes:
         wanted = self.exact(lanes, most_visiting)
         if wanted.recurs or wanted in known:
             return wanted
+        needed = self._shape(lanes, most_visiting, is_padded=False)
         taken = min(
-            (shape for shape in known if shape.holds(wanted)),
+            (shape for shape in known if shape.holds(needed)),
             key=lambda shape: shape.num_rows,
             default=None,
         )
@@ -181,7 +191,7 @@ class GraphShapes:
         if taken is None:
             return roomy
         better = roomy if roomy.num_rows < taken.num_rows else wanted
-        self._spared[better] += 1 + taken.num_rows - better.num_rows
+        self._spared[better] += 1 + _cost(taken.num_rows) - _cost(better.num_rows)
         if self._spared[better] <= CAPTURE_ROWS:
             return taken
         del self._spared[better]
@@ -195,30 +205,41 @@ class GraphShapes:
         Args:
             rotates: Whether rows may rotate.
         """
-        sizes = sorted({_at_least(self._tokens, min(n, self._tokens[-1])) for n in _USUAL_TOKENS})
+        top = self._tokens[-1]
+        sizes = sorted({_at_least(self._tokens, min(number, top)) for number in _USUAL_TOKENS})
         mixed = [LaneShape(device=self._mixed(size)) for size in sizes]
         shapes = [GraphShape((lane,)) for lane in mixed]
         if not rotates:
             return shapes
         visitors = [_at_least(self._visitors, min(n, self._visitors[-1])) for n in _USUAL_VISITORS]
         most = visitors[-1]
-        decodes = [PagedShape(), *(self._decodes_between(*bounds) for bounds in _USUAL_DECODES)]
-        lanes = [*(LaneShape(device=self._mixed(size - most)) for size in sizes), mixed[-1]]
-        for size in sizes:
-            mixed_too = [self._mixed(size - most)] if size < sizes[-1] else []
-            for device in [*decodes, *mixed_too]:
-                others = most + (0 if device.num_prefills else device.num_tokens)
-                # All rows together, or, so that the longest fit, prompts alone.
-                rooms = {size - others} | ({size} if size == sizes[-1] else set())
-                lanes += [self._with_host_prefills(device, room) for room in rooms if room > 0]
+        bounds = zip((0, *USUAL_DECODES), USUAL_DECODES, strict=False)
+        decodes = [PagedShape(), *(self._decodes_between(low + 1, high) for low, high in bounds)]
+        lanes = [LaneShape(device=self._mixed(size - most)) for size in sizes]
+        shares = [top // 4, top // 2]
+        on_device = [*decodes, *(self._mixed(padded_tiles(share)) for share in shares)]
+        lanes += [
+            self._filled(size, device, most)
+            for size in sizes
+            for device in on_device
+            if device.num_tokens + most < size
+        ]
         shapes += [_with_visitors(lane, most) for lane in dict.fromkeys(lanes)]
+        begun = [self._filled(size, device, 0) for size in sizes[1:] for device in decodes]
+        shapes += [GraphShape((lane,)) for lane in dict.fromkeys(begun)]
         rows = [LaneShape(device=device) for device in dict.fromkeys(decodes)]
         return shapes + [_with_visitors(lane, n) for lane in rows for n in dict.fromkeys(visitors)]
 
-    def _with_host_prefills(self, device: PagedShape, num_tokens: int) -> LaneShape:
+    def _filled(self, num_rows: int, device: PagedShape, num_visitors: int) -> LaneShape:
+        """Return a lane of so many rows, the rest of them prompts that go to the host."""
+        num_tokens = num_rows - device.num_tokens - num_visitors
         prefills = PagedShape(num_tokens, 0, self._prefills[0], self._max_width)
-        written = self._num_written(prefills)
-        return LaneShape(device=device, host_prefills=prefills, num_written=written)
+        return LaneShape(
+            device=device,
+            host_prefills=prefills,
+            num_prefix=self._prefixes[0] if self._uses_staging else 0,
+            num_written=self._num_written(prefills),
+        )
 
     def _decodes_between(self, least: int, most: int) -> PagedShape:
         """Return room for any number of decodes between two, of any length."""
@@ -240,10 +261,18 @@ class GraphShapes:
         num_visitors = _at_least(self._visitors, most_visiting) if most_visiting else 0
         if num_visitors and any(lane.gprf or lane.cprf for lane in lanes):
             # A few rows more are nothing beside a prompt, and more steps share a graph.
-            num_visitors = _doubled(max(num_visitors, _LEAST_VISITORS), self._visitors[-1])
+            num_visitors = _doubled(max(num_visitors, PROMPT_VISITORS), self._visitors[-1])
+        return self._shape(lanes, num_visitors)
+
+    def _shape(
+        self, lanes: Sequence[SubBatch], num_visitors: int, *, is_padded: bool = True
+    ) -> GraphShape:
+        """Return a step's shape, its rows filling tiles or as many as they are."""
         alone = len(lanes) == 1
-        shapes = tuple(self._lane_shape(lane, num_visitors, alone=alone) for lane in lanes)
-        return GraphShape(shapes, num_visitors)
+        shapes = [
+            self._lane_shape(lane, num_visitors, alone=alone, is_padded=is_padded) for lane in lanes
+        ]
+        return GraphShape(tuple(shapes), num_visitors)
 
     def roomy(self, shape: GraphShape) -> GraphShape:
         """Return one that also holds many other steps of the kind."""
@@ -266,7 +295,7 @@ class GraphShapes:
             lane,
             device=device,
             host_prefills=host,
-            num_prefix=lane.num_prefix and self.num_staging_blocks,
+            num_prefix=lane.num_prefix,
             num_written=self._num_written(host),
             num_host_decodes=num_host_decodes,
             num_entering=num_entering,
@@ -288,35 +317,45 @@ class GraphShapes:
             num_host_decodes=self._few_rows[-1] if num_host_tokens else 0,
         )
 
-    def _lane_shape(self, lane: SubBatch, num_entering: int, *, alone: bool) -> LaneShape:
+    def _lane_shape(
+        self, lane: SubBatch, num_entering: int, *, alone: bool, is_padded: bool
+    ) -> LaneShape:
         gdec, gprf, cprf, cdec = lane.gdec, lane.gprf, lane.cprf, lane.cdec
         ladder = self._decodes if alone and not (cprf or cdec or num_entering) else self._few_rows
-        if gprf:
-            num_decodes = _at_least(self._mixed_decodes, len(gdec))
-            wanted = len(gdec) + sum(item.num_tokens for item in gprf)
-            num_tokens = self._room(max(wanted, num_decodes), num_entering)
-        else:
-            num_decodes = num_tokens = _at_least(ladder, len(gdec)) if gdec else 0
+        num_decodes = len(gdec)
+        num_tokens = num_decodes + sum(item.num_tokens for item in gprf)
+        num_host_tokens = sum(item.num_tokens for item in cprf)
+        num_host_decodes = _at_least(self._few_rows, len(cdec)) if cdec else 0
         longest = max((item.end for item in gdec), default=1)
+        most_decodes = 0
+        if gdec or gprf:
+            most_decodes = _at_least(self._mixed_decodes if gprf else ladder, num_decodes)
+        num_splits = self._backend.num_decode_splits(most_decodes, longest)
+        if gprf and is_padded:
+            num_decodes = most_decodes
+            num_tokens = max(num_tokens, num_decodes)
+            num_tokens = padded_tiles(num_tokens) if cprf else self._room(num_tokens, num_entering)
+            num_tokens = min(num_tokens, self._tokens[-1])
+        elif gdec and is_padded:
+            num_decodes = num_tokens = most_decodes
+        if cprf and is_padded:
+            others = num_tokens + num_host_decodes + num_entering
+            num_host_tokens = self._room(num_host_tokens, others)
         device = PagedShape(
             num_tokens,
             num_decodes,
             _at_least(self._prefills, len(gprf)) if gprf else 0,
             self._filler.width(gdec + gprf, self._max_width),
-            self._backend.num_decode_splits(num_decodes, longest),
+            num_splits,
         )
         host, num_prefix = PagedShape(), 0
-        num_host_decodes = _at_least(self._few_rows, len(cdec)) if cdec else 0
         if cprf:
-            others = device.num_tokens + num_host_decodes + num_entering
-            host = PagedShape(
-                self._room(sum(item.num_tokens for item in cprf), others),
-                0,
-                _at_least(self._prefills, len(cprf)),
-                self._filler.width(cprf, self._max_width),
-            )
-            if self._uses_staging and any(item.start for item in cprf):
-                num_prefix = self.num_staging_blocks
+            num_prefills = _at_least(self._prefills, len(cprf))
+            width = self._filler.width(cprf, self._max_width)
+            host = PagedShape(num_host_tokens, 0, num_prefills, width)
+            num_blocks = sum(self._pool.blocks_for(item.start) for item in cprf)
+            if self._uses_staging and num_blocks:
+                num_prefix = _at_least(self._prefixes, num_blocks)
         return LaneShape(
             device=device,
             host_prefills=host,
@@ -327,12 +366,9 @@ class GraphShapes:
         )
 
     def _room(self, num_tokens: int, others: int) -> int:
-        """Return the room for tokens of prompts that makes a step of the ladder of all rows.
-
-        A few rows beyond a multiple of its tiles cost a matrix product as much as a whole tile.
-        """
+        """Return the room for tokens of prompts that makes whole tiles of all rows."""
         rows = num_tokens + others
-        total = next((step for step in self._tokens if step >= rows), -(-rows // _TILE) * _TILE)
+        total = next((step for step in self._tokens if step >= rows), padded_tiles(rows))
         return min(total - others, self._tokens[-1])
 
     def _num_written(self, host: PagedShape) -> int:
@@ -341,6 +377,11 @@ class GraphShapes:
             return 0
         most = self._pool.blocks_for(host.num_tokens) + 2 * host.num_prefills
         return min(most, self.num_staging_blocks)
+
+
+def _cost(num_rows: int) -> int:
+    """Return what a graph takes, in rows."""
+    return num_rows if num_rows <= _FEW_ROWS else num_rows + _BEYOND_FEW_ROWS
 
 
 def _with_visitors(lane: LaneShape, number: int) -> GraphShape:
@@ -359,8 +400,8 @@ def token_ladder(most: int, least_most: int) -> list[int]:
         most: The longest step.
         least_most: The ladder goes at least so far.
     """
-    most = max(most, least_most)
-    return _steps(range(64, most + 1, 64), most)
+    most = max(whole_tiles(most), least_most)
+    return _steps([padded_tiles(rows) for rows in range(64, most + 1, 64)], most)
 
 
 def _steps(steps: Sequence[int], most: int) -> list[int]:

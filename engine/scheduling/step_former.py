@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from engine.cost_model import CostModel, SubBatchLoad, load_of, predict, rotation_steps
+from engine.graph_limits import prompt_room, whole_tiles
 from engine.request import Placement, Request
 from engine.scheduling.dealing import (
     Deal,
@@ -48,10 +49,11 @@ class StepFormer:
     def __init__(self, config: SchedulerConfig, model: CostModel) -> None:
         self._config = config
         self._model = model
+        self._max_rows = whole_tiles(config.max_num_batched_tokens)
 
     def form(self, view: StepView) -> Choice:
         """Return the step to run; its draft is empty if there is nothing to do."""
-        budget = self._config.max_num_batched_tokens - len(view.gdec)
+        budget = max(0, self._max_rows - len(view.gdec))
         host_budget = budget - len(view.cdec)
         device, _ = self._prompts(view, budget, with_host=False)
         if not view.uses_host:
@@ -65,7 +67,7 @@ class StepFormer:
         gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
         asymmetric = overlap = None
         if view.rotates is not False:
-            overlap = self._best_overlap(view, budget - self._num_rotating_tokens(view), weight)
+            overlap = self._best_overlap(view, self._overlap_budget(view), weight)
         if not view.rotates or (overlap is None and self._config.mode == "auto"):
             asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
         return self._choose(view, gpu_only, asymmetric, overlap)
@@ -101,11 +103,12 @@ class StepFormer:
         begins = bool(view.rotates) and draft.fills_host
         return draft if has_rows or begins else None
 
-    def _num_rotating_tokens(self, view: StepView) -> int:
-        """Return what rotating rows take of a step's tokens: most of them in a layer at once."""
+    def _overlap_budget(self, view: StepView) -> int:
+        """Return the tokens of prompts beside rotating rows, most of which in a layer count."""
         layers = Counter(r.rotation_layer for r in view.cdec if r.rotation_layer is not None)
         num_entering = -(-len(view.cdec) // rotation_steps(self._model))
-        return max([num_entering, *layers.values()])
+        most_at_once = max([num_entering, *layers.values()])
+        return max(0, prompt_room(self._max_rows, len(view.gdec), most_at_once))
 
     def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:
         base, admitted = self._prompts(view, budget, with_host=True)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.graph_limits import prompt_room
 from engine.graph_shapes import CAPTURE_ROWS, GraphShape, GraphShapes
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneShape, PagedShape
@@ -111,15 +112,15 @@ def test_a_roomy_graph_serves_until_another_has_paid_for_itself() -> None:
 
 @settings(deadline=None)
 @given(
-    num_gdec=st.integers(0, 32),
+    num_gdec=st.integers(0, 24),
     prompts=st.sampled_from([(0, 0), (300, 0), (0, 300), (200, 300), (900, 0), (0, 900)]),
     num_visiting=st.integers(0, 8),
 )
 def test_usual_steps_find_a_graph(num_gdec, prompts, num_visiting) -> None:
     chooser = shapes()
     on_device, on_host = prompts
-    if not num_visiting and (on_host or not on_device):
-        return  # lanes of one kind only, which are captured as they come
+    if not num_visiting and (not (on_host or on_device) or (on_host and on_device)):
+        return  # decodes have graphs of their own; both kinds of prompts mostly come with rotations
     step = lane(
         gdec=[500] * num_gdec,
         gprf=[(0, on_device)] if on_device else [],
@@ -130,7 +131,39 @@ def test_usual_steps_find_a_graph(num_gdec, prompts, num_visiting) -> None:
     found = chooser.choose([step], num_visiting, usual)
     assert found in usual
     if on_device + on_host > 512:
-        assert found.num_rows <= 1024 + 64
+        assert found.num_rows <= 1024
+
+
+@given(num_gdec=st.integers(0, 24), num_visiting=st.integers(1, 8), start=st.sampled_from([0, 500]))
+@settings(deadline=None)
+def test_prompts_beside_a_rotation_fill_usual_graphs(num_gdec, num_visiting, start) -> None:
+    chooser = shapes()
+    usual = chooser.usual(rotates=True)
+    for num_rows in (256, 512, 1024):
+        room = prompt_room(num_rows, num_gdec, num_visiting)
+        step = lane(gdec=[500] * num_gdec, cprf=[(start, room)])
+        assert chooser.choose([step], num_visiting, usual) in usual
+        assert chooser.choose([step], num_visiting, usual).num_rows == num_rows
+
+
+def test_decodes_beside_a_rotation_keep_to_few_rows() -> None:
+    usual = shapes().usual(rotates=True)
+    decodes = [shape for shape in usual if shape.num_visitors and shape.num_rows < 64]
+    assert max(shape.num_rows for shape in decodes) == 32
+    assert max(shape.lanes[0].device.num_decodes for shape in decodes) == 24
+
+
+def test_a_graph_of_few_rows_pays_for_itself_sooner() -> None:
+    def uses(num_known: int, num_decodes: int) -> int:
+        chooser, count = shapes(), 1
+        step = lane(gdec=[500] * num_decodes)
+        rows = PagedShape(num_known, num_known, 0, 64, 8)
+        known = [GraphShape((LaneShape(device=rows, num_entering=4),), 4)]
+        while chooser.choose([step], 4, known) in known:
+            count += 1
+        return count
+
+    assert uses(32, 24) < uses(24, 16) / 4
 
 
 def test_usual_graphs_of_engines_that_do_not_rotate() -> None:
