@@ -137,7 +137,7 @@ class AnalyticCostModel:
         """Layers of the model."""
         return self.model.num_layers
 
-    def linear_s(self, num_rows: int) -> float:
+    def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
         """Reading the weights or multiplying by them, smoothly whichever is longer."""
         return _smooth_max(self._weights_s, num_rows * self._row_s) + self.hardware.layer_overhead_s
 

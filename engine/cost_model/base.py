@@ -18,8 +18,13 @@ class CostModel(Protocol):
     def num_layers(self) -> int:
         """Layers of the model."""
 
-    def linear_s(self, num_rows: int) -> float:
-        """Return the time of one layer's work on rows: projections, MLP, norms, rotary, stores."""
+    def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
+        """Return the time of one layer's work on rows: projections, MLP, norms, rotary, stores.
+
+        Args:
+            num_rows: Rows.
+            rotating: There are rotating rows in the step.
+        """
 
     def prefill_attention_s(self, query_len: int, context_len: int) -> float:
         """Return the time of one layer's prefill attention.

@@ -3,9 +3,11 @@
 Offline tables go stale: the machine is shared, clocks fall, lengths differ from those measured.
 Each part has a factor that follows measured over predicted time, slowly and within bounds, so that
 one outlier cannot turn the scheduler's choice round. Factors multiply, so they move by logarithms.
-Linear layers of few and of many rows have a factor each. The host has factors for each way of using
-it, because what slows down answers that are waited for in every layer need not slow down those that
-are not. They fade while no step uses the host so: a slow spell must not rule it out for good.
+Linear layers of few and of many rows have a factor each, and those of many a further one for steps
+with rotating rows, whose prompts go to the host: the device alone must not be charged for that. The
+host has factors for each way of using it, because what slows down answers that are waited for in
+every layer need not slow down those that are not. They fade while no step uses the host so: a slow
+spell must not rule it out for good.
 """
 
 import math
@@ -17,9 +19,8 @@ from engine.errors import ConfigError
 from engine.step_plan import StepMeasurement, StepPrediction
 
 _DEVICE_PARTS = ("linear", "gpu_attention", "prefill_attention", "fixed")
-_LONG_PARTS = ("long_linear", "prefill_attention")
 _HOST_PARTS = ("cpu_attention", "handover")
-_ROTATING_PARTS = ("rotating_attention", "rotating_handover")
+_ROTATING_PARTS = ("rotating_attention", "rotating_handover", "rotating_linear")
 _PARTS = (*_DEVICE_PARTS, "long_linear", *_HOST_PARTS, *_ROTATING_PARTS, "swap")
 _FEW_ROWS = 64
 """Up to so many, linear layers take what reading the weights takes. Beyond, they depend on clocks,
@@ -75,10 +76,12 @@ class CorrectedCostModel:
         """Layers of the model."""
         return self.inner.num_layers
 
-    def linear_s(self, num_rows: int) -> float:
+    def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
         """Return the corrected time."""
         factor = self._factors["linear" if num_rows <= _FEW_ROWS else "long_linear"]
-        return factor * self.inner.linear_s(num_rows)
+        if rotating and num_rows > _FEW_ROWS:
+            factor *= self._factors["rotating_linear"]
+        return factor * self.inner.linear_s(num_rows, rotating=rotating)
 
     def prefill_attention_s(self, query_len: int, context_len: int) -> float:
         """Return the corrected time."""
@@ -158,7 +161,8 @@ class CorrectedCostModel:
 
 def _host_parts(prediction: StepPrediction) -> tuple[str, str]:
     """Return the names of the host's attention and hand-over in a step's mode."""
-    return _ROTATING_PARTS if prediction.rotates else _HOST_PARTS
+    attention, handover, *_ = _ROTATING_PARTS if prediction.rotates else _HOST_PARTS
+    return attention, handover
 
 
 def _tells_handover(prediction: StepPrediction, measured: StepMeasurement) -> bool:
@@ -169,7 +173,9 @@ def _tells_handover(prediction: StepPrediction, measured: StepMeasurement) -> bo
 
 def _linear_part(prediction: StepPrediction) -> str:
     """Return the name of a step's linear layers."""
-    return "linear" if prediction.most_rows <= _FEW_ROWS else "long_linear"
+    if prediction.most_rows <= _FEW_ROWS:
+        return "linear"
+    return "rotating_linear" if prediction.rotates else "long_linear"
 
 
 def _rotation_parts(prediction: StepPrediction, busy_s: float) -> dict[str, float | None]:
@@ -188,12 +194,12 @@ def _device_parts(
     prediction: StepPrediction, taken_s: float, predicted_s: float
 ) -> dict[str, float | None]:
     """Share out the device's time of a step among its parts; prompts vary more than all else."""
-    parts = _parts(prediction)
-    names = _DEVICE_PARTS if _linear_part(prediction) == "linear" else _LONG_PARTS
-    ratio = taken_s / predicted_s
-    if names is _LONG_PARTS:
-        long_s = sum(parts[name] for name in names)
-        ratio = max(0.0, long_s + taken_s - predicted_s) / long_s
+    parts, linear = _parts(prediction), _linear_part(prediction)
+    if linear == "linear":
+        return {name: parts[name] * taken_s / predicted_s for name in _DEVICE_PARTS}
+    names = [linear] if prediction.rotates else [linear, "prefill_attention"]
+    long_s = sum(parts[name] for name in names)
+    ratio = max(0.0, long_s + taken_s - predicted_s) / long_s
     return {name: parts[name] * ratio for name in names}
 
 

@@ -1,7 +1,8 @@
 """Step times from measured points, kept as a small JSON file.
 
-Each part is a one-dimensional table in the quantity that drives it, straight lines between points
-and beyond the last two. The profiler measures the points; nothing is measured here.
+Each part is a one-dimensional table in the quantity that drives it, straight lines between points.
+The last line goes on beyond them, from the last point that is at most half as far: two neighbours
+say little if the clock was noisy. The profiler measures the points; nothing is measured here.
 """
 
 import json
@@ -51,6 +52,8 @@ class Table:
     def __init__(self, points: Iterable[tuple[float, float]]) -> None:
         self.points = tuple((float(x), float(y)) for x, y in points)
         self._xs = [x for x, _ in self.points]
+        half = bisect_right(self._xs, self._xs[-1] / 2) if self._xs else 0
+        self._before_end = min(max(half - 1, 0), max(len(self._xs) - 2, 0))
         if not self.points:
             raise ConfigError("a cost table needs at least one point, got none")
         if any(a >= b for a, b in zip(self._xs, self._xs[1:], strict=False)):
@@ -63,7 +66,8 @@ class Table:
         if len(self.points) == 1:
             return self.points[0][1]
         right = min(max(bisect_right(self._xs, x), 1), len(self.points) - 1)
-        (x0, y0), (x1, y1) = self.points[right - 1], self.points[right]
+        left = self._before_end if x > self._xs[-1] else right - 1
+        (x0, y0), (x1, y1) = self.points[left], self.points[right]
         return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
 
 
@@ -138,7 +142,7 @@ class TableCostModel:
         """Layers of the model."""
         return self._num_layers
 
-    def linear_s(self, num_rows: int) -> float:
+    def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
         """Look up rows."""
         return self.tables.linear(num_rows)
 

@@ -135,6 +135,14 @@ def test_copies_of_prompts_hide_behind_the_layers_unless_they_are_longer() -> No
     assert again.step_s == pytest.approx(hidden.step_s + model.swap_s(900))
 
 
+def test_copies_of_prompts_lengthen_steps_of_a_rotation() -> None:
+    model = make_cost_model(num_layers=16)
+    load = SubBatchLoad(num_prefill_tokens=500, num_rotating=4, rotating_tokens=40)
+    plain, copies = (predict(model, [replace(load, copy_out_tokens=n)]) for n in (0, 500))
+    longer_s = copies.step_s - plain.step_s
+    assert 0.1 * copies.prompt_copy_s < longer_s < 0.3 * copies.prompt_copy_s
+
+
 def test_moves_hide_behind_all_but_the_first_layers_except_in_graphs() -> None:
     model = make_cost_model(num_layers=16)
     eager = SubBatchLoad(num_gdec=2, gdec_tokens=1000, num_prefill_tokens=MAX_GRAPH_TOKENS)

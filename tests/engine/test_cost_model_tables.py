@@ -18,10 +18,12 @@ MIXED = [SubBatchLoad(num_gdec=4, gdec_tokens=400), SubBatchLoad(num_cdec=4, cde
 
 def test_tables_are_straight_between_and_beyond_their_points() -> None:
     table = Table([(1, 10), (3, 20), (4, 40)])
-    assert [table(x) for x in (1, 2, 3, 3.5, 4, 5)] == [10, 15, 20, 30, 40, 60]
+    assert [table(x) for x in (1, 2, 3, 3.5, 4, 5)] == [10, 15, 20, 30, 40, 50]
     assert table(0) == 5
     assert Table([(5, 1), (6, 10)])(0) == 0
     assert Table([(5, 3)])(100) == 3
+    noisy = [(1, 10), (2, 20), (4, 40), (8, 80), (10, 81)]
+    assert Table(noisy)(20) == pytest.approx(81 + 10 * 41 / 6)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,26 @@ def test_long_steps_say_nothing_about_decodes() -> None:
         model.observe(prediction, StepMeasurement(step_s=slow_s))
     assert predict(model, prompts).step_s == pytest.approx(slow_s, rel=0.02)
     assert predict(model, DECODES).step_s == decode_s
+
+
+def test_prompts_beside_a_rotation_do_not_charge_the_device_alone() -> None:
+    """Else a rotation would seem to pay because its own prompts are slow."""
+    model = CorrectedCostModel(make_cost_model())
+    alone = SubBatchLoad(num_prefill_tokens=500, num_gdec=2, gdec_tokens=100)
+    rotating = replace(alone, num_rotating=8, rotating_tokens=100)
+    alone_s = predict(model, [alone]).step_s
+    slow_s = 1.4 * predict(model, [rotating]).step_s
+    for _ in range(500):
+        prediction = predict(model, [rotating])
+        attention_s = sum(prediction.cpu_attention_s)
+        model.observe(
+            prediction,
+            StepMeasurement(step_s=slow_s, device_busy_s=slow_s, cpu_attention_s=attention_s),
+        )
+    assert predict(model, [rotating]).step_s == pytest.approx(slow_s, rel=0.02)
+    assert predict(model, [alone]).step_s == pytest.approx(alone_s)
+    observe(model, DECODES, make_cost_model(), 3000, parts=True)
+    assert predict(model, [rotating]).step_s < 0.75 * slow_s
 
 
 @pytest.mark.parametrize("moved", [{"swap_tokens": 100}, {"arriving_tokens": 100}])
