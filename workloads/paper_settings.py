@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class Run:
         settings: By name.
         machine: The one that this is, among those to simulate.
         request_rates: Requests a second of the points.
+        systems: Names of those to measure.
         log_steps: Whether to write the measured steps beside the results.
     """
 
@@ -114,10 +115,12 @@ class Run:
         settings: Mapping[str, Setting] = SETTINGS,
         machine: str = MACHINE,
         request_rates: tuple[float, ...] = (math.inf,),
+        systems: Collection[str] = tuple(SYSTEMS),
         *,
         log_steps: bool = False,
     ) -> None:
         self._request_rates = request_rates
+        self._systems = {name: SYSTEMS[name] for name in systems}
         self._log_steps = log_steps
         self._settings = settings
         self._machine = machine
@@ -131,8 +134,8 @@ class Run:
         """Take over the points of an earlier call's file."""
         content = json.loads(path.read_text())
         for point in content["results"]:
-            write_json(self._work / f"{point['file']}.json", point)
             if point["label"] in SYSTEMS:  # predictions are made again: the simulator may be newer
+                write_json(self._work / f"{point['file']}.json", point)
                 self._points[point["file"]] = point
         for model, tables in content["options"]["tables"].items():
             write_json(self._tables(model), tables)
@@ -142,7 +145,7 @@ class Run:
         from workloads.drivers.in_process import InProcessSystem  # noqa: PLC0415 (CUDA)
 
         # The system with a host pool comes first: it measures the tables for both.
-        for name, mode in reversed(SYSTEMS.items()):
+        for name, mode in reversed(self._systems.items()):
             measured = InProcessSystem(
                 name=name,
                 config=self._logged(setting, name, mode),
@@ -164,7 +167,7 @@ class Run:
             if kind == "tables" and not Path(machine).exists():
                 continue
             hardware = load_hardware(machine)
-            for name, mode in SYSTEMS.items():
+            for name, mode in self._systems.items():
                 label = f"{name}, simulated from {kind}"
                 self._sweep(setting, _simulated(setting, name, mode, hardware, label))
 
@@ -262,6 +265,8 @@ def main() -> None:
     parser.add_argument(
         "--request-rate", default="inf", help="requests a second, separated by commas"
     )
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--num-prompts", type=int, help="requests, instead of the settings' own")
     parser.add_argument("--log-steps", action="store_true", help="write the measured steps, too")
     arguments = parser.parse_args()
     run = Run(
@@ -270,14 +275,19 @@ def main() -> None:
         deadline=time.monotonic() + 60 * arguments.minutes,
         machine=arguments.machine,
         request_rates=tuple(float(rate) for rate in arguments.request_rate.split(",")),
+        systems=arguments.systems,
         log_steps=arguments.log_steps,
     )
     if arguments.resume is not None:
         run.restore(arguments.resume)
     for name in arguments.settings:
+        setting = SETTINGS[name]
+        if arguments.num_prompts is not None:
+            dataset = replace(setting.dataset, num_prompts=arguments.num_prompts)
+            setting = replace(setting, dataset=dataset)
         if not arguments.simulate_only:
-            run.measure(SETTINGS[name])
-        run.simulate(SETTINGS[name])
+            run.measure(setting)
+        run.simulate(setting)
     run.print_table()
     if not run.is_complete:
         print(f"time is up: go on with --resume {arguments.out / NAME}.json")

@@ -53,10 +53,32 @@ def test_goes_on_where_it_stopped_and_compares(tmp_path: Path, settings, capsys)
     assert str(settings["tiny"].folder) not in json.dumps([p for p in points if p["simulated"]])
     kept = {p["date"] for p in measured} & {p["date"] for p in points}
     assert kept == {p["date"] for p in measured}
+    work = tmp_path / "again" / "work"
+    third = make_run(work.parent, settings)
+    third.restore(elsewhere / "out" / f"{NAME}.json")
+    restored = {path.stem for path in work.glob("*.json")}
+    assert restored == {p["file"] for p in points if not p["simulated"]}  # the rest is made again
     second.print_table()
     out = capsys.readouterr().out
     assert out.count("tiny") == 4
     assert out.count("%") == 8
+
+
+def test_measures_the_systems_and_rates_that_it_is_asked_for(tmp_path: Path, settings) -> None:
+    path = tmp_path / "out"
+    run = Run(
+        path,
+        tmp_path / "work",
+        time.monotonic() + 600,
+        settings,
+        "t4-g4dn.4xlarge",
+        (50.0,),
+        ["neo"],
+    )
+    run.measure(settings["tiny"])
+    points = json.loads((path / f"{NAME}.json").read_text())["results"]
+    assert [(p["label"], p["output_len"]) for p in points] == [("neo", 3), ("neo", 4)]
+    assert {p["request_rate"] for p in points} == {50.0}
 
 
 def test_the_settings_are_the_papers() -> None:
