@@ -59,6 +59,10 @@ def test_load_latency_draws_medians_and_ranges_by_rate() -> None:
     [axes] = figure.axes
     assert axes.get_ylabel() == "p99 time to first token, ms"
     assert axes.get_xlabel() == "request rate, requests/s"
+    figure.canvas.draw()
+    numbers = [label.get_text() for label in axes.get_yticklabels(which="both")]
+    assert "20" in numbers
+    assert not any("times" in number for number in numbers)
     assert marks(figure) == []
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from engine.errors import ConfigError
 from workloads.bench.summary import (
@@ -44,6 +45,8 @@ def load_latency(results: Results, metric: str, title: str | None = None) -> Fig
     axes.set_xlabel("request rate, requests/s")
     axes.set_ylabel(axis_label(metric))
     axes.set_yscale("log")
+    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        place(LogFormatter())  # 20 rather than 2 x 10^1
     axes.set_xlim(left=0)
     return _finish(figure, axes, finite, title)
 
