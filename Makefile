@@ -134,6 +134,7 @@ figures: $(STAMP)  ## Draw the figures of the README again
 	@$(BIN)/neo plot timeline $(FIGURE_DATA)/steps/*.steps.jsonl --first-step 20 --num-steps 12 \
 	    --out $(FIGURES)/timeline.svg
 	@$(BIN)/neo plot kv $(FIGURE_DATA)/steps/*.steps.jsonl --out $(FIGURES)/kv.svg
+	@$(BIN)/neo plot load-latency workloads/results/h200-load-latency.json --out $(FIGURES)/load-latency-h200.svg
 	@for mode in gpu-only asymmetric overlap; do \
 	  $(BIN)/neo plot timeline workloads/results/h200-steps-$$mode.jsonl --title "$$mode, one H200" \
 	      --out $(FIGURES)/timeline-$$mode.svg || exit 1; \
