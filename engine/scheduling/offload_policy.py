@@ -8,56 +8,36 @@ itself is what the host's bandwidth can hide. Moving to the host happens only ab
 because lengths are guessed and predictions err. So does changing the way in which the host is used:
 it takes different numbers of requests there, and a rotation is worth something only once it is
 full, so steps that take whatever is best at the moment end up with the worst of both.
+
+A rotation that no longer pays is not given up at once: prompts that are on the host already are
+paid for, and the gain was less because of prompts. It only gets no more of them, as long as its
+decodes alone are worth their hand-over.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
-from engine.request import Request
-from engine.scheduling.dealing import dealt_loads, hidden_windows, one_load, prefix_sums
+from engine.request import Placement, Request
 from engine.scheduling.scheduler_config import FORCED_MODES, SchedulerConfig
+from engine.scheduling.steady_state import MeanLoad, SteadyState, highest
 
 _NUM_SAMPLED_WAITING = 64
-_LIKE = 1 / 16
-"""Loads that differ by less are treated alike: looking closer takes milliseconds."""
 _MOST_REUSED = 8
 """Looks at a load after which the gain is computed again, because predictions are corrected."""
 _CHANGE_GAIN = 1.1
 """What the other way of using the host must promise over the present one."""
-_WHOLE_QUEUE_LOSS = 0.25
+_WHOLE_QUEUE_LOSS = 0.35
 """What a queue may lose of the steady state's gain if all of its requests go to the host and only
 prompts beside them make that pay, less in proportion if fewer go: it is too short for a steady
 state. Its prompts come first, which hide the host's work, then its decodes, which do not."""
 _FILLING_LOSS = 5.0
 """What a queue loses of a rotation's gain, in what it does in the steps that fill one: it drains
-again, too, and requests are moved. 1 to 5 in simulated queues of 200 to 400 requests."""
+again, too, and requests are moved. 1 to 5 in simulated queues of 100 to 400 requests, up to 6 where
+the gain is many times as much."""
 _MEMORY = 0.05
 """Weight of the newest finished request in the mean output length."""
-
-
-@dataclass(frozen=True, slots=True)
-class MeanLoad:
-    """What the engine has to do, on average: requests, and tokens of prompt and output of each."""
-
-    num_requests: int
-    prompt_tokens: float
-    output_tokens: float
-
-    @property
-    def resident_tokens(self) -> int:
-        """Tokens in the cache half way through."""
-        return max(1, round(self.prompt_tokens + self.output_tokens / 2))
-
-    def is_like(self, other: "MeanLoad") -> bool:
-        """Return whether the same decision will do for both."""
-        pairs = (
-            (self.num_requests, other.num_requests),
-            (self.prompt_tokens, other.prompt_tokens),
-            (self.output_tokens, other.output_tokens),
-        )
-        return all(abs(a - b) <= _LIKE * max(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +69,7 @@ class OffloadPolicy:
     ) -> None:
         self._config = config
         self._model = model
+        self._steady = SteadyState(config, model)
         self._device_tokens = device_tokens
         self._host_tokens = host_tokens
         self._mean_output: float | None = None
@@ -125,9 +106,14 @@ class OffloadPolicy:
         if self._num_reused < _MOST_REUSED and self._last_load and load.is_like(self._last_load):
             return
         self._num_reused, self._last_load = 0, load
+        rotates = self.offloads and self.target.rotates
+        fills = self.offloads and self.target.num_host > 0
         self.target = self.best_target(load)
         margin = max(self._config.min_offload_gain - 1, self.target.loss)
-        self.offloads = self.target.gain >= 1 + (margin / 2 if self.offloads else margin)
+        self.offloads = self.target.gain >= 1 + (margin / 2 if fills else margin)
+        if rotates and not self.offloads:
+            self.target = self._emptying(running)
+            self.offloads = self.target.gain > 1
 
     def _has_grown(self, num_requests: int) -> bool:
         """Return whether there are so many more requests that the next look should not wait."""
@@ -152,9 +138,9 @@ class OffloadPolicy:
         most = min(demand - num_device, self._host_tokens // resident)
         if most < 1:
             return OffloadTarget(0, 1.0)
-        baseline = self._rate(load, num_device, 0)
-        in_one_go = _highest(lambda n: self._rate(load, num_device, n), most)
-        rotating = _highest(lambda n: self._rotating_rate(load, num_device, n), most)
+        baseline = self._steady.rate(load, num_device, 0)
+        in_one_go = highest(lambda n: self._steady.rate(load, num_device, n), most)
+        rotating = highest(lambda n: self._steady.rotating_rate(load, num_device, n), most)
         rotates = self._prefers_rotating(in_one_go[0], rotating[0])
         rate, num_host = rotating if rotates else in_one_go
         loss = self._loss(load, num_device, num_host, rotates)
@@ -165,6 +151,21 @@ class OffloadPolicy:
             return OffloadTarget(num_host if rate else 1, float("inf"), rotates)
         return OffloadTarget(num_host, rate / baseline, rotates, loss)
 
+    def _emptying(self, running: Sequence[Request]) -> OffloadTarget:
+        """Return what a rotation is still worth that no more prompts are computed for.
+
+        Those that it has are paid for, and would only be in the device's way.
+        """
+        on_host = [request for request in running if request.placement is Placement.HOST]
+        host_tokens = sum(request.num_tokens for request in on_host)
+        all_tokens = sum(request.num_tokens for request in running)
+        num_device = max(1, len(running) - len(on_host))
+        alone = SubBatchLoad(num_gdec=num_device, gdec_tokens=all_tokens - host_tokens)
+        rotating = replace(alone, num_rotating=len(on_host), rotating_tokens=host_tokens)
+        ratio = predict(self._model, [alone]).step_s / predict(self._model, [rotating]).step_s
+        num_decodes = num_device + len(on_host) / rotation_steps(self._model)
+        return OffloadTarget(0, num_decodes / num_device * ratio, rotates=True)
+
     def _loss(self, load: MeanLoad, num_device: int, num_host: int, rotates: bool) -> float:
         """Return what a queue of this length may lose of the steady state's gain."""
         if rotates:
@@ -172,7 +173,7 @@ class OffloadPolicy:
             per_step = num_device + num_host / filling
             share = filling * per_step / (load.num_requests * load.output_tokens)
             return _FILLING_LOSS * share
-        if self._decodes_pay(load, num_device, num_host):
+        if self._steady.decodes_pay(load, num_device, num_host):
             return 0.0
         return _WHOLE_QUEUE_LOSS * min(num_host, load.num_requests) / load.num_requests
 
@@ -184,101 +185,7 @@ class OffloadPolicy:
             return rotating * _CHANGE_GAIN >= in_one_go
         return rotating > in_one_go * _CHANGE_GAIN
 
-    def _rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
-        """Return decode tokens a second of the steady state; 0 if it breaks the TPOT limit."""
-        num_decodes = num_device + num_host
-        if num_decodes == 0:
-            return 0.0
-
-        def time(base: SubBatchLoad) -> float:
-            return self._asymmetric_s(load, base, num_host)
-
-        step_s = self._step_s(load, num_device, num_decodes, num_host / num_decodes, time)
-        # The baseline has no choice: the limit rules out hosts' shares only.
-        if num_host and step_s > self._config.tpot_limit_s:
-            return 0.0
-        return num_decodes / step_s
-
-    def _asymmetric_s(self, load: MeanLoad, base: SubBatchLoad, num_host: int) -> float:
-        """Return the time of a step in one or two sub-batches, whichever is shorter."""
-        prefix = prefix_sums([load.resident_tokens] * num_host)
-        candidates = [one_load(base, prefix, num_host)]
-        if num_host:
-            deal = hidden_windows(self._model, base, prefix).deal(num_host)
-            candidates.append(dealt_loads(base, prefix, deal))
-        return min(predict(self._model, loads).step_s for loads in candidates)
-
-    def _decodes_pay(self, load: MeanLoad, num_device: int, num_host: int) -> bool:
-        """Return whether steps without prompts decode more tokens a second with the host."""
-        plain = SubBatchLoad(num_gdec=num_device, gdec_tokens=num_device * load.resident_tokens)
-        without_s = self._asymmetric_s(load, plain, 0)
-        with_s = self._asymmetric_s(load, plain, num_host)
-        return (num_device + num_host) * without_s > num_device * with_s
-
-    def _rotating_rate(self, load: MeanLoad, num_device: int, num_host: int) -> float:
-        """Return the same as `_rate` where the requests on the host rotate.
-
-        All requests start there and move to the device when it is their turn.
-        """
-        num_decodes = num_device + num_host / rotation_steps(self._model)
-        arriving_tokens = round(num_decodes / load.output_tokens * load.resident_tokens)
-
-        def time(base: SubBatchLoad) -> float:
-            tokens = num_host * load.resident_tokens
-            rotating = replace(base, num_rotating=num_host, rotating_tokens=tokens)
-            return predict(self._model, [rotating], arriving_tokens=arriving_tokens).step_s
-
-        step_s = self._step_s(load, num_device, num_decodes, 1.0, time)
-        if step_s * rotation_steps(self._model) > self._config.tpot_limit_s:
-            return 0.0
-        return num_decodes / step_s
-
-    def _step_s(
-        self,
-        load: MeanLoad,
-        num_device: int,
-        num_decodes: float,
-        host_share: float,
-        time: Callable[[SubBatchLoad], float],
-    ) -> float:
-        """Return the mean time of the steady state's steps, with and without prompts.
-
-        Prompts come one after the other, each in as few steps as the budget allows, so that most
-        steps have none and are launched as a whole.
-
-        Args:
-            load: What requests are like.
-            num_device: Requests on the device.
-            num_decodes: Tokens that a step decodes; each comes with its share of a prompt.
-            host_share: Of the prompts, those that go to the host.
-            time: Times a step, given without its host-resident decodes.
-        """
-        prompt = max(1, round(load.prompt_tokens))
-        prompts_per_step = num_decodes / load.output_tokens
-        tokens_per_step = prompts_per_step * prompt
-        chunk = max(min(prompt, self._config.max_num_batched_tokens), round(tokens_per_step))
-        share = min(1.0, tokens_per_step / chunk)
-        plain = SubBatchLoad(num_gdec=num_device, gdec_tokens=num_device * load.resident_tokens)
-        attention_s = self._model.prefill_attention_s(prompt, prompt)
-        with_prompts = replace(
-            plain,
-            num_prefill_tokens=chunk,
-            prefill_attention_s=attention_s * chunk / prompt,
-            num_sampled_prefills=round(prompts_per_step / share),
-            copy_out_tokens=round(host_share * chunk),
-        )
-        plain_s = time(plain) if share < 1 else 0.0
-        return share * time(with_prompts) + (1 - share) * plain_s
-
 
 def _mean(values: Iterable[float]) -> float:
     items = list(values)
     return sum(items) / len(items)
-
-
-def _highest(rate: Callable[[int], float], most: int) -> tuple[float, int]:
-    """Return the highest rate of 1 to `most`, nearly, and where it is; it has one summit."""
-    steps = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
-    best = max((rate(number), number) for number in steps)
-    between = {best[1] * 3 // 4, min(most, best[1] * 3 // 2)} - {0, *steps}
-    return max([best, *((rate(number), number) for number in between)])
