@@ -1,9 +1,13 @@
-"""Whether a request that starts now will find blocks to the end, by what is known of the others.
+"""For how long a request that starts now will find blocks, by what is known of the others.
 
-A pool that is full of half-finished requests must evict some of them, and what they computed is
-computed again. So a request starts only if, at every later moment, those that run then are expected
-to fit: the fullest moments are just before one of them ends. Lengths are expected, not known;
-preemption remains for when they were wrong.
+A pool that is full of half-finished requests must evict some of them, and they are moved, or
+computed again. So a request starts if, at every later moment, those that run then are expected to
+fit: the fullest moments are just before one of them ends. Lengths are expected, not known.
+
+It also starts if it will not fit to its end, but for long enough that its tokens until then are
+worth an eviction. Requests that start together grow and end together, and their pool is full only
+at the end; those that are evicted and come back later are out of step with the others, and so the
+pool stays full.
 
 Source: Gong et al., Past-Future Scheduler for LLM Serving under SLA Guarantees, ASPLOS 2025.
 """
@@ -29,6 +33,7 @@ class DeviceOutlook:
         mean_output: Mean output length of finished requests, tokens; None before the first.
         num_blocks: Of the pool.
         block_size: Tokens of a block.
+        least_steps: Steps that are worth an eviction.
     """
 
     def __init__(
@@ -37,22 +42,24 @@ class DeviceOutlook:
         mean_output: float | None,
         num_blocks: int,
         block_size: int,
+        least_steps: float = math.inf,
     ) -> None:
         self._mean_output = PRIOR_OUTPUT_TOKENS if mean_output is None else mean_output
         self._num_blocks = num_blocks
         self._block_size = block_size
-        # (tokens to come, tokens now), those that end last first.
-        self._loads = sorted((self._load(request) for request in requests), reverse=True)
+        self._least_steps = least_steps
+        # (tokens to come, tokens now), those that end first first.
+        self._loads = sorted(self._load(request) for request in requests)
 
     def copy(self) -> "DeviceOutlook":
         """Return another one that counts the same requests."""
         return copy.copy(self)  # lists of loads are replaced, never changed
 
     def admit(self, request: Request) -> bool:
-        """Return whether a further request is expected to fit to its end, and count it if so."""
+        """Return whether a further request should start, and count it if so."""
         loads = list(self._loads)
-        insort(loads, self._load(request), key=lambda load: (-load[0], -load[1]))
-        if len(loads) > 1 and self._peak_blocks(loads) > self._num_blocks:
+        insort(loads, self._load(request))
+        if len(loads) > 1 and self._steps_until_full(loads) < self._least_steps:
             return False
         self._loads = loads
         return True
@@ -64,12 +71,14 @@ class DeviceOutlook:
             left = min(left, math.ceil(max(expected, _LEAST_SHARE * self._mean_output)))
         return max(0, left), request.num_tokens
 
-    def _peak_blocks(self, loads: list[tuple[int, int]]) -> int:
-        peak, tokens = 0, 0
-        for count, (to_come, now) in enumerate(loads, start=1):
-            tokens += now
-            # Those that end later are all there and have grown as much as this one.
-            at_its_end = tokens + count * to_come
+    def _steps_until_full(self, loads: list[tuple[int, int]]) -> float:
+        """Return after how many steps the pool is too small; infinity if it never is."""
+        count, tokens, steps = len(loads), sum(now for _, now in loads), 0
+        for to_come, now in loads:
             # The last block of each is half full on average.
-            peak = max(peak, at_its_end // self._block_size + (count + 1) // 2)
-        return peak
+            capacity = (self._num_blocks - (count + 1) // 2) * self._block_size
+            if tokens + count * (to_come - steps) > capacity:
+                return steps + max(0, capacity - tokens) // count
+            tokens += count * (to_come - steps) - (now + to_come)
+            count, steps = count - 1, to_come
+        return math.inf

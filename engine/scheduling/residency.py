@@ -69,6 +69,10 @@ class Residency:
         """Return whether a device-resident request could be swapped out."""
         return self.host is not None and self.host.can_hold(request.request_id, request.num_tokens)
 
+    def host_has_room(self, num_tokens: int) -> bool:
+        """Return whether the host could take tokens of another request."""
+        return self.host is not None and self.host.blocks_for(num_tokens) <= self.host.num_free
+
     def swap_out(self, request: Request, step: int) -> Swap:
         """Move a request to the host and make room for all its tokens there."""
         assert self.host is not None

@@ -270,11 +270,13 @@ class Scheduler:
 
         @functools.cache
         def first() -> DeviceOutlook:
+            on_device = self._resident(Placement.DEVICE)
             return DeviceOutlook(
-                self._resident(Placement.DEVICE),
+                on_device,
                 self.policy.mean_output,
                 device.num_blocks,
                 device.block_size,
+                self._rules.steps_worth_eviction(on_device),
             )
 
         return lambda: first().copy()

@@ -31,7 +31,8 @@ class SchedulerConfig:
             room again, because offloading does not pay. A GPU-only engine would have preempted it,
             so its wait may be as long as a queue's.
         admission_lookahead: A request starts on the device only if it is expected to find blocks
-            there to its end, beside those that run; otherwise as soon as its prompt fits.
+            there to its end, beside those that run, or for so many tokens that they are worth an
+            eviction; otherwise as soon as its prompt fits.
         swap_cooldown_steps: Steps that a request stays where it was swapped to.
         headroom_blocks: Blocks per resident request that stay free when a request is swapped in or
             sent to the host, so that the others' growth does not evict it at once.

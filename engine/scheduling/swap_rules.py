@@ -4,7 +4,10 @@ Requests are on the host for one of three reasons: offloading pays; they can nev
 or they are parked: the device ran out of blocks, and moving was cheaper than computing again.
 """
 
-from engine.cost_model import CostModel
+import math
+from collections.abc import Sequence
+
+from engine.cost_model import CostModel, SubBatchLoad, predict
 from engine.request import Request
 from engine.scheduling.offload_policy import OffloadPolicy
 from engine.scheduling.residency import Residency
@@ -40,9 +43,23 @@ class SwapRules:
             return False
         if self._policy.offloads or not self.fits_device(victim, headroom=0):
             return True
-        layer_s = self._model.linear_s(num_tokens)
-        layer_s += self._model.prefill_attention_s(num_tokens, num_tokens)
-        return 2 * self._model.swap_s(num_tokens) < layer_s * self._model.num_layers
+        return 2 * self._model.swap_s(num_tokens) < self._prefill_s(num_tokens)
+
+    def steps_worth_eviction(self, on_device: Sequence[Request]) -> float:
+        """Return the steps of one decode on the device that take as long as evicting a request.
+
+        Args:
+            on_device: Those that decode there.
+        """
+        if not on_device:
+            return math.inf
+        num_tokens = sum(request.num_tokens for request in on_device)
+        mean = num_tokens // len(on_device)
+        eviction_s = self._prefill_s(mean)
+        if self._residency.host_has_room(mean):
+            eviction_s = min(eviction_s, 2 * self._model.swap_s(mean))
+        load = SubBatchLoad(num_gdec=len(on_device), gdec_tokens=num_tokens)
+        return eviction_s / predict(self._model, [load]).step_s * len(on_device)
 
     def may_swap_in(self, request: Request, num_on_device: int, step: int) -> bool:
         """Return whether the device comfortably holds a host-resident request now."""
@@ -76,3 +93,8 @@ class SwapRules:
         config, parked = self._config, self.is_parked(request)
         limit = config.max_parked_steps if parked else config.max_skipped_steps
         return limit - request.num_skipped_steps
+
+    def _prefill_s(self, num_tokens: int) -> float:
+        layer_s = self._model.linear_s(num_tokens)
+        layer_s += self._model.prefill_attention_s(num_tokens, num_tokens)
+        return layer_s * self._model.num_layers
