@@ -197,11 +197,7 @@ class Scheduler:
                 self.residency.grow(request)
 
     def _swap_in(self, plan: StepPlan) -> None:
-        """Bring the longest-waiting request back when the device comfortably holds it.
-
-        Of rotating ones, the longest-waiting that is between two tokens: another would begin its
-        token again, and the device would have to wait until the CPU has left its blocks alone.
-        """
+        """Bring a request back when the device comfortably holds it."""
         if self.residency.host is None or plan.swaps_out or plan.preempted:
             return
         if self.policy.offloads and self._waiting and not self.policy.target.rotates:
@@ -209,23 +205,33 @@ class Scheduler:
         num_on_device = len(self._resident(Placement.DEVICE))
         if self.residency.device.num_free <= self.config.headroom_blocks * (num_on_device + 1):
             return  # nobody fits
-        request = self._next_arrival()
-        if request and self._rules.may_swap_in(request, num_on_device, self._num_steps):
+        request = self._next_arrival(num_on_device)
+        if request is not None:
             plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
 
-    def _next_arrival(self) -> Request | None:
-        rotating = None
+    def _next_arrival(self, num_on_device: int) -> Request | None:
+        """Return who comes to the device, if anybody.
+
+        Of a rotation, the longest prompt that fits: the CPU then has less to attend to, and few
+        blocks are left over. Only those between two tokens may leave it: others would begin theirs
+        again, and the device would have to wait until the CPU has left their blocks alone. All
+        others come in order of arrival, and the first holds back the rest.
+        """
+        in_order = []
         for request in self._resident(Placement.HOST):
             if self._waiting and request.sequence > self._waiting[0].sequence:
                 break
-            rotates = request.rotation_layer is not None
-            if (rotates and rotating) or request.awaits_last_token:
-                continue
-            if self._rules.fits_device(request):
-                if not rotates:
-                    return request
-                rotating = request
-        return rotating
+            if not request.awaits_last_token and self._rules.fits_device(request):
+                in_order.append(request)
+        between = [request for request in in_order if request.rotation_layer is None]
+        rotates = self.policy.offloads and self.policy.target.rotates
+        candidates = between if rotates else (between or in_order)[:1]
+        fitting = [
+            request
+            for request in candidates
+            if self._rules.may_swap_in(request, num_on_device, self._num_steps)
+        ]
+        return max(fitting, key=lambda request: len(request.prompt_token_ids), default=None)
 
     def _view(self, plan: StepPlan) -> StepView:
         device, host = self.residency.device, self.residency.host

@@ -80,6 +80,6 @@ def test_mean_output_is_expected_of_requests_that_may_stop_by_themselves() -> No
 def test_a_request_that_will_be_evicted_starts_if_it_has_steps_enough_before(
     least_steps, admits
 ) -> None:
-    """Room for 320 tokens, of which half a block each may be empty: 304 are there after 30 steps."""
+    """Room for 320 tokens, half a block each less: 304, which are there after 30 steps."""
     outlook = DeviceOutlook([make("a", 100, 100)], None, 20, BLOCK_SIZE, least_steps)
     assert outlook.admit(make("b", 144, 100)) is admits

@@ -237,16 +237,41 @@ def test_pools_must_have_the_same_block_size() -> None:
         Scheduler(SchedulerConfig(), BlockPool(4, 4), BlockPool(4, 8), make_cost_model())
 
 
-@pytest.mark.parametrize(("second_layer", "expected"), [(None, "second"), (0, "first")])
-def test_who_is_between_two_tokens_leaves_a_rotation_first(second_layer, expected) -> None:
-    scheduler, _ = make_scheduler(20, 40, mode="overlap")
-    for name, layer in (("first", 1), ("second", second_layer)):
-        request = make_request(name, 5, 9)
+@pytest.mark.parametrize(
+    ("sizes", "layers", "expected"),
+    [
+        ((5, 5), (1, None), ["1"]),
+        ((5, 5), (1, 0), []),
+        ((5, 12, 8), (None, None, None), ["1"]),
+        ((5, 12, 8), (None, 3, None), ["2"]),
+        ((5, 60, 8), (None, None, None), ["2"]),
+    ],
+    ids=["between-tokens", "nobody", "longest", "longest-between-tokens", "longest-that-fits"],
+)
+def test_the_longest_that_fits_and_is_between_two_tokens_leaves_a_rotation(
+    sizes, layers, expected
+) -> None:
+    scheduler, _ = make_scheduler(10, 80, mode="overlap")
+    for index, (num_tokens, layer) in enumerate(zip(sizes, layers, strict=True)):
+        request = make_request(str(index), num_tokens, 9)
         scheduler.add(request)
         scheduler._start(request, Placement.HOST)
-        request.num_computed_tokens, request.rotation_layer = 4, layer
+        request.num_computed_tokens, request.rotation_layer = num_tokens - 1, layer
+    swaps = scheduler.plan_step().swaps_in
+    assert [swap.request.request_id for swap in swaps] == expected
+
+
+def test_without_a_rotation_who_came_first_goes_to_the_device_first() -> None:
+    """A longer one that fits, too, waits for its turn, and so does one that is free sooner."""
+    scheduler, _ = make_scheduler(10, 80, mode="auto")
+    for name, num_tokens, layer in (("first", 5, 1), ("second", 12, 2)):
+        request = make_request(name, num_tokens, 9)
+        scheduler.add(request)
+        scheduler._start(request, Placement.HOST)
+        request.num_computed_tokens, request.rotation_layer = num_tokens - 1, layer
+    scheduler.policy.offloads = False
     [swap] = scheduler.plan_step().swaps_in
-    assert swap.request.request_id == expected
+    assert swap.request.request_id == "first"
 
 
 def test_a_load_that_has_doubled_is_looked_at_before_its_time() -> None:
