@@ -137,7 +137,7 @@ class Run:
             if point["label"] in SYSTEMS:  # predictions are made again: the simulator may be newer
                 write_json(self._work / f"{point['file']}.json", point)
                 self._points[point["file"]] = point
-        for model, tables in content["options"]["tables"].items():
+        for model, tables in content["options"].get("tables", {}).items():
             write_json(self._tables(model), tables)
 
     def measure(self, setting: Setting) -> None:
