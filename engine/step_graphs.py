@@ -18,7 +18,8 @@ from engine.backends import Backend
 from engine.batch import HostWork, RotatingRows
 from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
-from engine.graph_shapes import GraphShape, GraphShapes
+from engine.graph_shape import GraphShape
+from engine.graph_shapes import GraphShapes
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, batch_of
 from engine.models import DecoderModel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.graph_shapes import row_ladder, token_ladder
+from engine.graph_ladders import row_ladder, token_ladder
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
 from tests.engine.played_gpu import let_arrivals_come_late, use_channels, use_static_buffers

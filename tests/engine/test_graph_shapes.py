@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.graph_limits import prompt_room
-from engine.graph_shapes import CAPTURE_ROWS, GraphShape, GraphShapes
+from engine.graph_shape import GraphShape
+from engine.graph_shapes import CAPTURE_ROWS, GraphShapes
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneShape, PagedShape
 from engine.rotation import most_visitors, rotation_segments, segment_rows
