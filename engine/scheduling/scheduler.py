@@ -242,7 +242,9 @@ class Scheduler:
             if _decodes(request)
             and self._rules.may_decode_on_host(request, len(on_device), len(self._waiting))
         ]
-        headroom = self.config.headroom_blocks * len(on_host)
+        headroom = self.config.headroom_blocks
+        parked = self._parked(on_host)
+        kept = sum(device.blocks_for(request.num_tokens) + headroom for request in parked)
         target = self.policy.target.num_host if self.policy.offloads else 0
         needs_host = bool(self._waiting) and not self._rules.fits_device(self._waiting[0], 0)
         moved = sum(s.request.num_computed_tokens for s in plan.swaps_out + plan.swaps_in)
@@ -255,9 +257,9 @@ class Scheduler:
             ],
             waiting=self._waiting,
             num_running=len(self._running),
-            device_free=0 if self._device_is_spoken_for(on_host) else device.num_free,
+            device_free=max(0, device.num_free - kept),
             device_total=device.num_blocks,
-            host_free=0 if host is None else max(0, host.num_free - headroom),
+            host_free=0 if host is None else max(0, host.num_free - headroom * len(on_host)),
             host_room=max(0, target - len(on_host)),
             block_size=device.block_size,
             can_admit=not self._running or not (plan.preempted or plan.swaps_out),
@@ -267,18 +269,22 @@ class Scheduler:
             rotates=self.policy.target.rotates if self.policy.offloads else None,
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
             is_due=any(self._rules.patience(request) <= 0 for request in on_host),
-            outlook=self._outlooks() if self.config.admission_lookahead else None,
+            outlook=self._outlooks(parked) if self.config.admission_lookahead else None,
         )
 
-    def _outlooks(self) -> Callable[[], DeviceOutlook]:
-        """Return what makes a fresh outlook for each draft of this step, from one that is kept."""
+    def _outlooks(self, parked: Sequence[Request]) -> Callable[[], DeviceOutlook]:
+        """Return what makes a fresh outlook for each draft of this step, from one that is kept.
+
+        Args:
+            parked: Requests on the host that come back before others start.
+        """
         device = self.residency.device
 
         @functools.cache
         def first() -> DeviceOutlook:
             on_device = self._resident(Placement.DEVICE)
             return DeviceOutlook(
-                on_device,
+                [*on_device, *parked],
                 self.policy.mean_output,
                 device.num_blocks,
                 device.block_size,
@@ -287,12 +293,12 @@ class Scheduler:
 
         return lambda: first().copy()
 
-    def _device_is_spoken_for(self, on_host: Sequence[Request]) -> bool:
-        """Return whether free device blocks are kept for a parked request, which came first."""
+    def _parked(self, on_host: Sequence[Request]) -> list[Request]:
+        """Return who came before all that wait, and has only to wait for blocks of the device."""
         if self.policy.offloads or not self._waiting:
-            return False
+            return []
         first = self._waiting[0].sequence
-        return any(r.sequence < first and self._rules.fits_device(r) for r in on_host)
+        return [r for r in on_host if r.sequence < first and self._rules.fits_device(r)]
 
     def _commit(self, plan: StepPlan, choice: Choice) -> None:
         draft = choice.draft

@@ -274,6 +274,20 @@ def test_without_a_rotation_who_came_first_goes_to_the_device_first() -> None:
     assert swap.request.request_id == "first"
 
 
+@pytest.mark.parametrize(("num_device", "starts"), [(6, True), (5, False)])
+def test_others_start_on_blocks_that_one_parked_on_the_host_leaves(num_device, starts) -> None:
+    """It was just swapped out, and comes back to three blocks and one to grow."""
+    scheduler, _ = make_scheduler(num_device, 80, min_offload_gain=100)
+    parked, other = make_request("parked", 12, 9), make_request("other", 5, 9)
+    scheduler.add(parked)
+    scheduler._start(parked, Placement.HOST)
+    parked.num_computed_tokens, parked.last_swap_step = 11, 0
+    scheduler.add(other)
+    plan = scheduler.plan_step()
+    assert (other in plan.requests) is starts
+    assert parked.placement is Placement.HOST
+
+
 def test_a_load_that_has_doubled_is_looked_at_before_its_time() -> None:
     model = make_cost_model()
     policy = OffloadPolicy(SchedulerConfig(policy_interval_steps=1000), model, 64, 6400)
