@@ -202,20 +202,18 @@ class Scheduler:
             return
         if self.policy.offloads and self._waiting and not self.policy.target.rotates:
             return  # new prompts fill the device without a swap
-        num_on_device = len(self._resident(Placement.DEVICE))
-        if self.residency.device.num_free <= self.config.headroom_blocks * (num_on_device + 1):
-            return  # nobody fits
-        request = self._next_arrival(num_on_device)
+        request = self._next_arrival() if self.residency.device.num_free else None
         if request is not None:
             plan.swaps_in.append(self.residency.swap_in(request, self._num_steps))
 
-    def _next_arrival(self, num_on_device: int) -> Request | None:
+    def _next_arrival(self) -> Request | None:
         """Return who comes to the device, if anybody.
 
         Of a rotation, the longest prompt that fits: the CPU then has less to attend to, and few
         blocks are left over. Only those between two tokens may leave it: others would begin theirs
         again, and the device would have to wait until the CPU has left their blocks alone. All
-        others come in order of arrival, and the first holds back the rest.
+        others come in order of arrival, and the first holds back the rest. Those that are parked
+        come as soon as they might start there, so that nobody who came later starts before them.
         """
         in_order = []
         for request in self._resident(Placement.HOST):
@@ -226,10 +224,13 @@ class Scheduler:
         between = [request for request in in_order if request.rotation_layer is None]
         rotates = self.policy.offloads and self.policy.target.rotates
         candidates = between if rotates else (between or in_order)[:1]
+        looks = self.config.admission_lookahead and not self.policy.offloads
+        outlook = self._outlooks(()) if looks else None
+        num_on_device = len(self._resident(Placement.DEVICE))
         fitting = [
             request
             for request in candidates
-            if self._rules.may_swap_in(request, num_on_device, self._num_steps)
+            if self._rules.may_swap_in(request, num_on_device, self._num_steps, outlook)
         ]
         return max(fitting, key=lambda request: len(request.prompt_token_ids), default=None)
 

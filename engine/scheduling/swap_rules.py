@@ -5,10 +5,11 @@ or they are parked: the device ran out of blocks, and moving was cheaper than co
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.cost_model import CostModel, SubBatchLoad, predict
 from engine.request import Request
+from engine.scheduling.lookahead import DeviceOutlook
 from engine.scheduling.offload_policy import OffloadPolicy
 from engine.scheduling.residency import Residency
 from engine.scheduling.scheduler_config import SchedulerConfig
@@ -61,13 +62,31 @@ class SwapRules:
         load = SubBatchLoad(num_gdec=len(on_device), gdec_tokens=num_tokens)
         return eviction_s / predict(self._model, [load]).step_s * len(on_device)
 
-    def may_swap_in(self, request: Request, num_on_device: int, step: int) -> bool:
-        """Return whether the device comfortably holds a host-resident request now."""
+    def may_swap_in(
+        self,
+        request: Request,
+        num_on_device: int,
+        step: int,
+        outlook: Callable[[], DeviceOutlook] | None,
+    ) -> bool:
+        """Return whether the device comfortably holds a host-resident request now.
+
+        Args:
+            request: The request.
+            num_on_device: Requests there.
+            step: The number of this one.
+            outlook: Makes a look at what the device will hold; None: every request there should
+                have some blocks to grow.
+        """
         device, last = self._residency.device, request.last_swap_step
-        headroom = self._config.headroom_blocks * (num_on_device + 1)
-        has_room = device.blocks_for(request.num_tokens) + headroom <= device.num_free
         has_cooled_down = last is None or step - last > self._config.swap_cooldown_steps
-        return has_room and has_cooled_down and request.num_computed_tokens > 0
+        if not has_cooled_down or request.num_computed_tokens == 0:
+            return False
+        num_blocks = device.blocks_for(request.num_tokens)
+        if outlook is None:
+            num_blocks += self._config.headroom_blocks * (num_on_device + 1)
+        fits = num_blocks <= device.num_free
+        return fits and (outlook is None or outlook().admit(request))
 
     def fits_device(self, request: Request, headroom: int | None = None) -> bool:
         """Return whether the device could ever hold a request, with room to grow."""

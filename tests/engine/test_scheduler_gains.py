@@ -250,3 +250,13 @@ def test_requests_that_arrive_together_fill_the_pool_before_they_end_together(mo
     assert run.num_preemptions + run.num_swaps / 2 < len(lengths) / 4
     in_the_middle = used[len(used) // 5 : 3 * len(used) // 5]
     assert sum(in_the_middle) / len(in_the_middle) > 0.94 * 26_400 // 16
+
+
+def test_who_was_evicted_comes_back_before_others_start() -> None:
+    """Else a request stops in the middle of its answer for as long as there is a queue."""
+    options = {"device_tokens": 8_000, "host_tokens": 200_000, "max_num_batched_tokens": 512}
+    lengths = uniform(400, 100, 60)
+    run = simulate(H200, LLAMA3_8B, lengths, mode="auto", min_offload_gain=10.0, **options)
+    assert run.num_swaps > 50
+    times = [record.token_times_s for record in run.records]
+    assert max(after - before for steps in times for before, after in pairwise(steps)) < 0.5
