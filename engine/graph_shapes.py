@@ -20,7 +20,6 @@ from engine.graph_shape import GraphShape
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, LaneShape, PagedShape
 from engine.step_plan import SubBatch
-from engine.usual_shapes import UsualShapes
 
 CAPTURE_ROWS = 2048
 """Spare rows that take as long as a capture: 12 to 19 µs each, 25 to 60 ms (Llama-3-8B and
@@ -39,35 +38,16 @@ class GraphShapes:
         backend: Says how attention is split.
         builder: Says whether prompts go to the host by way of staging blocks.
         pool: Accounting of the device's blocks.
-        max_num_seqs: Most requests of a step.
-        max_num_tokens: Most tokens of a step.
-        max_model_len: Most tokens of a request.
-        most_visitors: Most rotating rows that every layer may have room for.
+        ladders: The numbers that shapes have.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        builder: BatchBuilder,
-        pool: BlockPool,
-        *,
-        max_num_seqs: int,
-        max_num_tokens: int,
-        max_model_len: int,
-        most_visitors: int,
+        self, backend: Backend, builder: BatchBuilder, pool: BlockPool, ladders: GraphLadders
     ) -> None:
         self._backend = backend
         self._pool = pool
         self._filler = LaneFiller(builder)
-        self._ladders = GraphLadders(
-            backend,
-            pool,
-            uses_staging=builder.uses_staging,
-            max_num_seqs=max_num_seqs,
-            max_num_tokens=max_num_tokens,
-            max_model_len=max_model_len,
-            most_visitors=most_visitors,
-        )
+        self._ladders = ladders
         self._spared: Counter[GraphShape] = Counter()
 
     @property
@@ -83,23 +63,13 @@ class GraphShapes:
         decodes = LaneShape(device=PagedShape(most, most, 0, self._ladders.max_width))
         return GraphShape((decodes,)), GraphShape((self._largest_lane(0),))
 
-    @property
-    def most_visitors(self) -> int:
-        """Rotating rows that a layer of any graph may have."""
-        return self._ladders.visitors[-1]
-
-    @property
-    def num_staging_blocks(self) -> int:
-        """Staging blocks of prompts that go to the host, if they have any."""
-        return self._ladders.num_staging_blocks
-
     def fits(self, lane: SubBatch) -> bool:
         """Return whether there are shapes for such a sub-batch, but for its rotating rows."""
         prefills = lane.gprf + lane.cprf
         if any(item.num_scored for item in prefills):
             return False
         num_staged = sum(self._pool.blocks_for(item.end) for item in lane.cprf)
-        if num_staged > self.num_staging_blocks:
+        if num_staged > self._ladders.num_staging_blocks:
             return False
         num_tokens = len(lane.gdec) + sum(item.num_tokens for item in prefills)
         return not prefills or num_tokens <= self._ladders.tokens[-1]
@@ -132,10 +102,6 @@ class GraphShapes:
             return taken
         del self._spared[better]
         return better
-
-    def usual(self, *, rotates: bool) -> list[GraphShape]:
-        """Return the shapes that are worth capturing at once; see `UsualShapes`."""
-        return UsualShapes(self._ladders).shapes(rotates=rotates)
 
     def exact(self, lanes: Sequence[SubBatch], most_visiting: int) -> GraphShape:
         """Return the smallest shape that holds a step."""

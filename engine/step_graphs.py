@@ -18,6 +18,7 @@ from engine.backends import Backend
 from engine.batch import HostWork, RotatingRows
 from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
+from engine.graph_ladders import GraphLadders
 from engine.graph_shape import GraphShape
 from engine.graph_shapes import GraphShapes
 from engine.kv_blocks import BlockPool
@@ -28,6 +29,7 @@ from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
 from engine.step_plan import StepPlan, SubBatch
 from engine.token_feedback import TokenFeedback
 from engine.upload import Ints
+from engine.usual_shapes import UsualShapes
 
 MAX_GRAPHS = 256
 _NUM_UPLOADS = 2
@@ -93,15 +95,16 @@ class StepGraphs:
         self._rotation = rotation
         self._filler = LaneFiller(builder)
         self._max_num_seqs = max_num_seqs
-        self._shapes = GraphShapes(
+        self._ladders = GraphLadders(
             backend,
-            builder,
             pool,
+            uses_staging=builder.uses_staging,
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
             max_model_len=max_model_len,
             most_visitors=most_visitors(model.config.num_layers, max_num_seqs),
         )
+        self._shapes = GraphShapes(backend, builder, pool, self._ladders)
         num_bytes = self._num_bytes(self._shapes.largest)
         device = backend.device
         self._static = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -124,7 +127,7 @@ class StepGraphs:
 
     def fits(self, plan: StepPlan) -> bool:
         """Return whether a step is one that graphs are made for."""
-        return self._most_visiting(plan) <= self._shapes.most_visitors and all(
+        return self._most_visiting(plan) <= self._ladders.visitors[-1] and all(
             self._shapes.fits(lane) for lane in _lanes(plan)
         )
 
@@ -174,7 +177,7 @@ class StepGraphs:
 
     def capture_usual(self, *, rotates: bool) -> None:
         """Capture graphs that most steps with prompts fit, and most that rotate rows."""
-        for shape in self._shapes.usual(rotates=rotates):
+        for shape in UsualShapes(self._ladders).shapes(rotates=rotates):
             self._graph(shape)
 
     def _num_sampled(self, shape: GraphShape) -> int:
@@ -258,7 +261,7 @@ class StepGraphs:
     def _capture(self, shape: GraphShape) -> torch.cuda.CUDAGraph:
         for number, lane in enumerate(shape.lanes):
             if lane.num_written:
-                self._backend.reserve_staging(number, self._shapes.num_staging_blocks)
+                self._backend.reserve_staging(number, self._ladders.num_staging_blocks)
         if shape.num_visitors and self._rotation is not None:
             self._backend.reserve_rotation(len(self._rotation.segments))
         graph = torch.cuda.CUDAGraph()
@@ -284,7 +287,7 @@ class StepGraphs:
                 arrays,
                 block_size=size,
                 filled=filled,
-                num_staging_blocks=self._shapes.num_staging_blocks,
+                num_staging_blocks=self._ladders.num_staging_blocks,
                 rotating=rotating,
             )
             for lane, arrays in zip(shape.lanes, views.lanes, strict=True)

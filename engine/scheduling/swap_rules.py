@@ -47,7 +47,9 @@ class SwapRules:
         return 2 * self._model.swap_s(num_tokens) < self._prefill_s(num_tokens)
 
     def steps_worth_eviction(self, on_device: Sequence[Request]) -> float:
-        """Return the steps of one decode on the device that take as long as evicting a request.
+        """Return how many tokens of one request are worth an eviction, of which a step has one.
+
+        All requests there would decode so many together in the time that the eviction takes.
 
         Args:
             on_device: Those that decode there.

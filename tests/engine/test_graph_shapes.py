@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.graph_ladders import GraphLadders
 from engine.graph_limits import prompt_room
 from engine.graph_shape import GraphShape
 from engine.graph_shapes import CAPTURE_ROWS, GraphShapes
@@ -13,6 +14,7 @@ from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneShape, PagedShape
 from engine.rotation import most_visitors, rotation_segments, segment_rows
 from engine.step_plan import RotatingRow, ScheduledRequest, SubBatch
+from engine.usual_shapes import UsualShapes
 from gpu_kernels.tiles import decode_num_splits
 from tests.engine.step_simulation import make_request
 
@@ -21,14 +23,32 @@ CHUNKS = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), max_size=
 DECODES = st.lists(st.integers(1, 900), max_size=60)
 
 
-def shapes(*, max_num_seqs: int = 64, block_size: int = 16) -> GraphShapes:
-    backend = SimpleNamespace(
+def make_backend() -> SimpleNamespace:
+    return SimpleNamespace(
         num_decode_splits=lambda num_seqs, longest: decode_num_splits(num_seqs, 8, longest, 132)
     )
-    builder = SimpleNamespace(uses_staging=True, block_size=block_size)
-    sizes = {"max_num_seqs": max_num_seqs, "max_num_tokens": 1024, "max_model_len": 1000}
-    pool, most = BlockPool(100, block_size), most_visitors(NUM_LAYERS, max_num_seqs)
-    return GraphShapes(backend, builder, pool, most_visitors=most, **sizes)
+
+
+def make_ladders(pool: BlockPool, *, max_num_seqs: int = 64) -> GraphLadders:
+    return GraphLadders(
+        make_backend(),
+        pool,
+        uses_staging=True,
+        max_num_seqs=max_num_seqs,
+        max_num_tokens=1024,
+        max_model_len=1000,
+        most_visitors=most_visitors(NUM_LAYERS, max_num_seqs),
+    )
+
+
+def shapes(*, max_num_seqs: int = 64, block_size: int = 16) -> GraphShapes:
+    pool = BlockPool(100, block_size)
+    builder = SimpleNamespace(block_size=block_size)
+    return GraphShapes(make_backend(), builder, pool, make_ladders(pool, max_num_seqs=max_num_seqs))
+
+
+def usual_shapes(*, rotates: bool) -> list[GraphShape]:
+    return UsualShapes(make_ladders(BlockPool(100, 16))).shapes(rotates=rotates)
 
 
 def share(start: int, num_tokens: int) -> ScheduledRequest:
@@ -127,7 +147,7 @@ def test_usual_steps_find_a_graph(num_gdec, prompts, num_visiting) -> None:
         gprf=[(0, on_device)] if on_device else [],
         cprf=[(0, on_host)] if on_host else [],
     )
-    usual = chooser.usual(rotates=True)
+    usual = usual_shapes(rotates=True)
     assert len(set(usual)) == len(usual)
     found = chooser.choose([step], num_visiting, usual)
     assert found in usual
@@ -139,7 +159,7 @@ def test_usual_steps_find_a_graph(num_gdec, prompts, num_visiting) -> None:
 @settings(deadline=None)
 def test_prompts_beside_a_rotation_fill_usual_graphs(num_gdec, num_visiting, start) -> None:
     chooser = shapes()
-    usual = chooser.usual(rotates=True)
+    usual = usual_shapes(rotates=True)
     for num_rows in (256, 512, 1024):
         room = prompt_room(num_rows, num_gdec, num_visiting)
         step = lane(gdec=[500] * num_gdec, cprf=[(start, room)])
@@ -148,7 +168,7 @@ def test_prompts_beside_a_rotation_fill_usual_graphs(num_gdec, num_visiting, sta
 
 
 def test_decodes_beside_a_rotation_keep_to_few_rows() -> None:
-    usual = shapes().usual(rotates=True)
+    usual = usual_shapes(rotates=True)
     decodes = [shape for shape in usual if shape.num_visitors and shape.num_rows < 64]
     assert max(shape.num_rows for shape in decodes) == 32
     assert max(shape.lanes[0].device.num_decodes for shape in decodes) == 24
@@ -168,11 +188,11 @@ def test_a_graph_of_few_rows_pays_for_itself_sooner() -> None:
 
 
 def test_usual_graphs_of_engines_that_do_not_rotate() -> None:
-    plain = shapes().usual(rotates=False)
+    plain = usual_shapes(rotates=False)
     assert {shape.num_visitors for shape in plain} == {0}
-    assert set(plain) < set(shapes().usual(rotates=True))
+    assert set(plain) < set(usual_shapes(rotates=True))
     largest = shapes().largest.lanes[0]
-    for shape in shapes().usual(rotates=True):
+    for shape in usual_shapes(rotates=True):
         for name, (size, _) in shape.lanes[0].arrays().items():
             assert size <= largest.arrays()[name][0], name
 
