@@ -1,6 +1,6 @@
 """Steps as CUDA graphs: one launch instead of hundreds, captured from the eager code.
 
-A graph is made for a shape (see `engine.graph_shapes`), which may have more room than a step needs.
+A graph is made for a shape (see `engine.shape_chooser`), which may have more room than steps need.
 A step's metadata goes to static buffers by one copy from pinned memory. Graphs are captured when
 they are first needed and share one pool of memory, because they never run at once.
 
@@ -20,12 +20,12 @@ from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
 from engine.graph_ladders import GraphLadders
 from engine.graph_shape import GraphShape
-from engine.graph_shapes import GraphShapes
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneFiller, batch_of
 from engine.models import DecoderModel
 from engine.rotation import Rotation, RotationPlaces, most_visitors
 from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
+from engine.shape_chooser import ShapeChooser
 from engine.step_plan import StepPlan, SubBatch
 from engine.token_feedback import TokenFeedback
 from engine.upload import Ints
@@ -104,7 +104,7 @@ class StepGraphs:
             max_model_len=max_model_len,
             most_visitors=most_visitors(model.config.num_layers, max_num_seqs),
         )
-        self._shapes = GraphShapes(backend, builder, pool, self._ladders)
+        self._shapes = ShapeChooser(backend, builder, pool, self._ladders)
         num_bytes = self._num_bytes(self._shapes.largest)
         device = backend.device
         self._static = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

@@ -31,7 +31,7 @@ _BEYOND_FEW_ROWS = 64
 """What a step of more than these takes longer, in rows that it might have instead."""
 
 
-class GraphShapes:
+class ShapeChooser:
     """Chooses shapes for steps.
 
     Args:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from engine.graph_ladders import GraphLadders
 from engine.graph_limits import prompt_room
 from engine.graph_shape import GraphShape
-from engine.graph_shapes import CAPTURE_ROWS, GraphShapes
 from engine.kv_blocks import BlockPool
 from engine.lane_fields import LaneShape, PagedShape
 from engine.rotation import most_visitors, rotation_segments, segment_rows
+from engine.shape_chooser import CAPTURE_ROWS, ShapeChooser
 from engine.step_plan import RotatingRow, ScheduledRequest, SubBatch
 from engine.usual_shapes import UsualShapes
 from gpu_kernels.tiles import decode_num_splits
@@ -41,10 +41,12 @@ def make_ladders(pool: BlockPool, *, max_num_seqs: int = 64) -> GraphLadders:
     )
 
 
-def shapes(*, max_num_seqs: int = 64, block_size: int = 16) -> GraphShapes:
+def shapes(*, max_num_seqs: int = 64, block_size: int = 16) -> ShapeChooser:
     pool = BlockPool(100, block_size)
     builder = SimpleNamespace(block_size=block_size)
-    return GraphShapes(make_backend(), builder, pool, make_ladders(pool, max_num_seqs=max_num_seqs))
+    return ShapeChooser(
+        make_backend(), builder, pool, make_ladders(pool, max_num_seqs=max_num_seqs)
+    )
 
 
 def usual_shapes(*, rotates: bool) -> list[GraphShape]:
