@@ -120,6 +120,20 @@ class HostWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DirectRows:
+    """What the device attends to of rotating rows, from the host pool; see `engine.direct_rows`.
+
+    Args:
+        entries: `[num_segments, ENTRY_FIELDS, n]`, int32, device; entries to spare have length 0.
+        blocks: `[num_segments, num_blocks]`, int32, device; ids count through the layers, those of
+            an entry begin at its first.
+    """
+
+    entries: torch.Tensor
+    blocks: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RotatingRows:
     """Host-resident decodes that are in the batch for one layer each; see `RotatingRow`.
 
@@ -138,6 +152,7 @@ class RotatingRows:
         residuals: `[num_slots, H]`, device; kept from step to step.
         answers: `[N]`, int64, device; of each row that rejoins, its place among those that its
             segment handed over in the last overlap step.
+        direct: What the device attends to itself; None if it leaves all to the CPU.
     """
 
     bounds: Sequence[int]
@@ -147,6 +162,7 @@ class RotatingRows:
     slots: torch.Tensor
     residuals: torch.Tensor
     answers: torch.Tensor
+    direct: DirectRows | None = None
 
     def departing(self, layer: int) -> slice:
         """Return which rows get Q, K and V of a layer."""

@@ -7,6 +7,7 @@ import torch
 
 from engine.batch import (
     Batch,
+    DirectRows,
     HostDecodeRows,
     HostPrefillRows,
     PagedRows,
@@ -22,12 +23,16 @@ from engine.batch_arrays import (
     sources_of,
     staged_blocks_of,
 )
+from engine.direct_rows import ENTRY_FIELDS, num_blocks_of
 from engine.kv_blocks import BlockPool
 from engine.request import Request
 from engine.rotation import Rotation, RotationPlaces
 from engine.step_plan import ScheduledRequest, SubBatch
 from engine.table_rows import TableRows
 from engine.upload import Ints, Upload
+
+_LENGTH = 2
+"""The field of an entry that says how long the row is; see `ENTRY_FIELDS`."""
 
 
 class BatchBuilder:
@@ -78,7 +83,7 @@ class BatchBuilder:
             upload, sub_batch.gdec, sub_batch.gprf, tables, self._device_pool.block_size
         )
         staged = _StagedUpload(upload, sub_batch.cprf, self.host_tables(sub_batch.cprf), self)
-        rotating = _RotatingUpload(upload, places)
+        rotating = _RotatingUpload(upload, places, self)
         fed = None if sources is None else upload.add(sources)
         sent = upload.send()
         return Batch(
@@ -125,14 +130,19 @@ class BatchBuilder:
         if not sub_batch.rotating:
             return None
         assert self._rotation is not None, "rotating rows need a rotation"
-        return self._rotation.advance(sub_batch.rotating)
+        places = self._rotation.advance(sub_batch.rotating)
+        self.note_entering(places)
+        return places
+
+    def note_entering(self, places: RotationPlaces) -> None:
+        """Note the tables and lengths of rows that enter, before anything else is asked of them."""
+        for row, slot in zip(places.rows[: places.bounds[1]], places.slots, strict=False):
+            if row is not None:
+                self._note_entering(row.share, slot)
 
     def rotating_lanes(self, places: RotationPlaces) -> list[HostDecodeRows | None]:
         """Return what the CPU attends to, segment by segment; blocks count through the layers."""
         assert self._host_pool is not None, "rotating rows need a host pool"
-        for row, slot in zip(places.rows[: places.bounds[1]], places.slots, strict=False):
-            if row is not None:
-                self._note_entering(row.share, slot)
         slots = np.asarray(places.slots, dtype=np.int64)
         layers = np.repeat(np.arange(len(places.bounds) - 1), np.diff(places.bounds))
         lanes: list[HostDecodeRows | None] = []
@@ -145,12 +155,41 @@ class BatchBuilder:
             width = self._host_pool.blocks_for(int(lens.max()))
             tables = self._rotating_tables[slots[part], :width]
             tables += (layers[part, None] * self._host_pool.num_blocks).astype(np.int32)
+            if places.direct:
+                _keep_newest_block(tables, lens, places.is_direct[part], self.block_size)
             lanes.append(
                 HostDecodeRows(
                     block_tables=torch.from_numpy(tables), seq_lens=torch.from_numpy(lens)
                 )
             )
         return lanes
+
+    def fill_direct(self, places: RotationPlaces, entries: Ints, blocks: Ints) -> None:
+        """Fill in what the device attends to itself; see `DirectRows`.
+
+        Args:
+            places: The step's.
+            entries: `[num_segments, ENTRY_FIELDS, n]`.
+            blocks: `[num_segments, num_blocks]`.
+        """
+        assert self._host_pool is not None, "rotating rows need a host pool"
+        entries[:, _LENGTH] = 0
+        for number, rows in enumerate(places.direct):
+            end = 0
+            for index, row in enumerate(rows):
+                length = int(self._rotating_lens[row.slot])
+                start, end = end, end + num_blocks_of(length, self.block_size)
+                entries[number, :, index] = row.sent, row.answer, length, start
+                table = self._rotating_tables[row.slot, : end - start]
+                blocks[number, start:end] = table + row.layer * self._host_pool.num_blocks
+
+    def num_direct_blocks(self, places: RotationPlaces) -> int:
+        """Return the most blocks that the device attends to of a segment."""
+        lens, size = self._rotating_lens, self.block_size
+        counts = (
+            sum(num_blocks_of(int(lens[row.slot]), size) for row in rows) for rows in places.direct
+        )
+        return max(counts, default=0)
 
     def _note_entering(self, item: ScheduledRequest, slot: int) -> None:
         [table] = self.host_tables([item])
@@ -237,13 +276,22 @@ class _StagedUpload:
 class _RotatingUpload:
     """The arrays of `RotatingRows` on their way."""
 
-    def __init__(self, upload: Upload, places: RotationPlaces | None) -> None:
+    def __init__(
+        self, upload: Upload, places: RotationPlaces | None, builder: BatchBuilder
+    ) -> None:
         self._places = places
         if places is None:
             return
         self._first = upload.add(rotating_positions_of(places))
         upload.add(np.asarray(places.slots, dtype=np.int64))
         upload.add(np.asarray(places.answers, dtype=np.int64))
+        if places.num_direct:
+            num_segments, num_blocks = len(places.segments), builder.num_direct_blocks(places)
+            entries = np.zeros((num_segments, ENTRY_FIELDS, places.num_direct), dtype=np.int32)
+            blocks = np.zeros((num_segments, num_blocks), dtype=np.int32)
+            builder.fill_direct(places, entries, blocks)
+            upload.add(entries)
+            upload.add(blocks)
 
     def take(
         self, sent: list[torch.Tensor], lanes: Sequence[HostDecodeRows | None]
@@ -251,6 +299,10 @@ class _RotatingUpload:
         places = self._places
         assert places is not None, "taken where there are rotating rows"
         positions, slots, answers = sent[self._first : self._first + 3]
+        direct = None
+        if places.num_direct:
+            entries, blocks = sent[self._first + 3 : self._first + 5]
+            direct = DirectRows(entries=entries, blocks=blocks)
         return RotatingRows(
             bounds=places.bounds,
             segments=places.segments,
@@ -259,6 +311,7 @@ class _RotatingUpload:
             slots=slots,
             residuals=places.residuals,
             answers=answers,
+            direct=direct,
         )
 
 
@@ -277,6 +330,16 @@ def _host_decode_rows(items: Sequence[ScheduledRequest], tables: Sequence[Ints])
         block_tables=torch.from_numpy(_pad(tables)),
         seq_lens=torch.tensor([item.end for item in items], dtype=torch.int32),
     )
+
+
+def _keep_newest_block(
+    tables: Ints, lens: Ints, is_direct: Sequence[bool], block_size: int
+) -> None:
+    """Leave of some rows what the new token's K and V are stored in, which is all the CPU does."""
+    rows = np.flatnonzero(is_direct)
+    newest = (lens[rows] - 1) // block_size
+    tables[rows, 0] = tables[rows, newest]
+    lens[rows] -= newest * block_size
 
 
 def _scored_rows(items: Sequence[ScheduledRequest]) -> list[ScoredRows]:

@@ -9,6 +9,8 @@ from engine.scheduling.scheduler import SchedulerConfig
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 BLOCK_SIZES = (16, 32, 64)
+PCIE_MODES = ("auto", "overlap")
+"""Those that may have rotating rows, whose attention the device may compute itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class EngineConfig:
         gpu_memory_utilization: Share of the GPU's memory NEO may use, in (0, 1].
         threads: CPU attention threads; None is all cores but one.
         seed: For dummy weights and for requests without a seed of their own.
+        pcie_attention: In overlap mode, let the GPU compute part of the offloaded attention itself,
+            reading the KV in host memory over PCIe.
         enforce_eager: Launch every kernel from Python instead of replaying CUDA graphs.
         async_scheduling: Plan and launch a step while the one before it runs; None: where the
             device works behind the host, as a GPU does.
@@ -51,6 +55,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     threads: int | None = None
     seed: int = 0
+    pcie_attention: bool = False
     enforce_eager: bool = False
     async_scheduling: bool | None = None
     log_steps: Path | None = None
@@ -83,6 +88,12 @@ class EngineConfig:
             self.device.startswith("cuda:") and self.device[5:].isdigit()
         )
         self._check(is_device, "device", "auto, cpu, cuda or cuda:N", self.device)
+        self._check(
+            not self.pcie_attention or self.scheduler.mode in PCIE_MODES,
+            "mode",
+            f"{' or '.join(PCIE_MODES)} with pcie_attention",
+            self.scheduler.mode,
+        )
 
     @staticmethod
     def _check(ok: bool, name: str, expected: str, got: object) -> None:

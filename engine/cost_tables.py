@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 
 from engine.cost_model.corrected import CorrectedCostModel
+from engine.cost_model.prediction import balanced_direct_share
 from engine.cost_model.table import CostModelKey, StepTables, Table, TableCostModel
 from engine.errors import CheckpointError, ConfigError
 from engine.machine import cpu_name
@@ -18,7 +19,11 @@ from engine.runner import ModelRunner
 
 
 def make_cost_model(
-    runner: ModelRunner, on_progress: Callable[[str], None], *, needed: bool
+    runner: ModelRunner,
+    on_progress: Callable[[str], None],
+    *,
+    needed: bool,
+    direct: bool = False,
 ) -> CorrectedCostModel:
     """Return the scheduler's cost model: measured tables, corrected by the steps that run.
 
@@ -27,9 +32,12 @@ def make_cost_model(
         on_progress: Told what is measured.
         needed: Whether any decision depends on times. If not, nothing is measured: times are
             nominal and say nothing.
+        direct: Whether the device attends to some of the rotating rows itself.
     """
     if needed:
-        return CorrectedCostModel(load_or_profile(runner, on_progress))
+        measured = load_or_profile(runner, on_progress)
+        measured.direct_share = balanced_direct_share(measured) if direct else 0.0
+        return CorrectedCostModel(measured)
     nominal, zero = Table([(0, 0.0), (1, 1e-6)]), Table([(0, 0.0)])
     tables = StepTables(
         linear=nominal,

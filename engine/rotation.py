@@ -11,6 +11,7 @@ from itertools import accumulate
 
 import torch
 
+from engine.direct_rows import DirectChoice, DirectRow, deferred_segments
 from engine.request import Request
 from engine.step_plan import RotatingRow, ScheduledRequest, StepPlan
 
@@ -23,10 +24,15 @@ _LEAST_ROOM = 8
 
 @dataclass(slots=True)
 class _Place:
-    """Of a row's residual stream, and of its answer among its segment's."""
+    """Of a row's residual stream, of what it handed over last, and of its answer.
+
+    `answer` and `sent` count among their segment's; `is_direct` if the device attends to it.
+    """
 
     slot: int
     answer: int = 0
+    sent: int = 0
+    is_direct: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +46,9 @@ class RotationPlaces:
         slots: Of the residual streams.
         answers: See `RotatingRows`.
         residuals: See `RotatingRows`.
+        is_direct: Of each row, whether the device attends to what it hands over in this step.
+        direct: What the device attends to in this step, segment by segment; empty lists if it
+            leaves all to the CPU.
     """
 
     rows: Sequence[RotatingRow | None]
@@ -48,6 +57,13 @@ class RotationPlaces:
     slots: Sequence[int]
     answers: Sequence[int]
     residuals: torch.Tensor
+    is_direct: Sequence[bool] = ()
+    direct: Sequence[Sequence[DirectRow]] = ()
+
+    @property
+    def num_direct(self) -> int:
+        """Most rows of a segment that the device attends to."""
+        return max(map(len, self.direct), default=0)
 
     @property
     def entering(self) -> list[ScheduledRequest]:
@@ -67,9 +83,16 @@ class Rotation:
         num_layers: Of the model.
         max_rows: Most rows that rotate at once.
         like: Any tensor `[..., H]` with the residual stream's width, dtype and device.
+        direct: Which rows the device may attend to itself; None: none.
     """
 
-    def __init__(self, num_layers: int, max_rows: int, like: torch.Tensor) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        max_rows: int,
+        like: torch.Tensor,
+        direct: DirectChoice | None = None,
+    ) -> None:
         # The last place is for rows to spare.
         self.residuals = like.new_zeros(max_rows + 1, like.shape[-1])
         self.segments = rotation_segments(num_layers)
@@ -77,6 +100,13 @@ class Rotation:
         self._spare_slot = max_rows
         self._free = list(range(max_rows - 1, -1, -1))
         self._places: dict[Request, _Place] = {}
+        self.direct = direct
+        self._segment_of = [number for number, segment in enumerate(self.segments) for _ in segment]
+        self._deferred = deferred_segments(len(self.segments))
+        # Answers by the device have places of their own behind the CPU's; those of two steps in
+        # turn, because a segment's last are still to be taken when its next are on their way.
+        self._num_answers = segment_rows(num_layers, max_rows)
+        self._is_odd = False
 
     def forget_leavers(self, plan: StepPlan) -> bool:
         """Forget who rotated and does not go on, now or in a later step.
@@ -109,6 +139,7 @@ class Rotation:
             room: Rows that every layer gets, with some to spare; None: as many as there are.
         """
         by_layer: list[list[RotatingRow | None]] = [[] for _ in range(self._num_layers + 1)]
+        direct = self._left_over(rows)
         for row in rows:
             if row.layer is None:
                 self._places[row.share.request] = _Place(self._free.pop())
@@ -120,23 +151,61 @@ class Rotation:
         bounds = [0, *accumulate(map(len, by_layer))]
         spare = _Place(self._spare_slot)
         places = [spare if row is None else self._places[row.share.request] for row in ordered]
+        slots, answers = [place.slot for place in places], [place.answer for place in places]
+        for number, segment in enumerate(self.segments):
+            first, last = bounds[segment.start], bounds[segment.stop]
+            for index, place in enumerate(places[first:last]):
+                if place is not spare:
+                    place.answer = place.sent = index
+            if self.direct is not None:
+                chosen = self._choose(ordered[first:last], places[first:last])
+                if number not in self._deferred:
+                    direct[number] = chosen
+        self._is_odd = not self._is_odd
+        num_departing = bounds[self._num_layers]
         found = RotationPlaces(
             rows=ordered,
             bounds=bounds,
             segments=self.segments,
-            slots=[place.slot for place in places],
-            answers=[place.answer for place in places],
+            slots=slots,
+            answers=answers,
             residuals=self.residuals,
+            is_direct=[place.is_direct for place in places[:num_departing]],
+            direct=() if self.direct is None else direct,
         )
-        for segment in self.segments:
-            first = bounds[segment.start]
-            for index in range(first, bounds[segment.stop]):
-                if places[index] is not spare:
-                    places[index].answer = index - first
         for row in rows:
             if row.samples:
                 self._forget(row.share.request)
         return found
+
+    def _left_over(self, rows: Sequence[RotatingRow]) -> list[list[DirectRow]]:
+        """Return what the last overlap step left to this one, segment by segment."""
+        found: list[list[DirectRow]] = [[] for _ in self.segments]
+        for row in rows if self.direct is not None else ():
+            if row.layer is None or self._segment_of[row.layer] not in self._deferred:
+                continue
+            place = self._places[row.share.request]
+            if place.is_direct:
+                direct = DirectRow(place.sent, place.answer, place.slot, row.layer)
+                found[self._segment_of[row.layer]].append(direct)
+        return found
+
+    def _choose(
+        self, rows: Sequence[RotatingRow | None], places: Sequence[_Place]
+    ) -> list[DirectRow]:
+        """Decide which rows of a segment the device attends to, and return them."""
+        assert self.direct is not None
+        self.direct.begin_segment()
+        first = self._num_answers * (2 if self._is_odd else 1)
+        chosen: list[DirectRow] = []
+        for row, place in zip(rows, places, strict=True):
+            if row is None:
+                continue
+            place.is_direct = self.direct.takes(row.share.end)
+            if place.is_direct:
+                place.answer = first + len(chosen)
+                chosen.append(DirectRow(place.sent, place.answer, place.slot, row.next_layer))
+        return chosen
 
     def _forget(self, request: Request) -> None:
         self._free.append(self._places.pop(request).slot)

@@ -19,6 +19,7 @@ from engine.batch_builder import BatchBuilder
 from engine.checkpoint import Checkpoint
 from engine.config import DTYPES, EngineConfig
 from engine.cost_model.table import StepTables
+from engine.direct_rows import DirectChoice
 from engine.errors import CapacityError, ConfigError, StepError
 from engine.kv_blocks import BlockPool
 from engine.memory import (
@@ -95,7 +96,7 @@ class ModelRunner:
             self.close()
             raise
         self._limits = config.scheduler
-        self._rotation = self._make_rotation(config.scheduler.max_num_seqs)
+        self._rotation = self._make_rotation(config)
         self._builder = BatchBuilder(self.device, self.pool, self.host_pool, self._rotation)
         self._graphs = self._make_graphs(config, self._builder, self.pool, self.max_model_len)
         self._last_finish_s = 0.0
@@ -209,11 +210,20 @@ class ModelRunner:
             host=host,
         )
 
-    def _make_rotation(self, max_num_seqs: int) -> Rotation | None:
+    def _make_rotation(self, config: EngineConfig) -> Rotation | None:
         if self.host_pool is None:
             return None
-        embedding = self._model.weights.embedding
-        return Rotation(self.model_config.num_layers, max_num_seqs, like=embedding)
+        return Rotation(
+            self.model_config.num_layers,
+            config.scheduler.max_num_seqs,
+            like=self._model.weights.embedding,
+            direct=DirectChoice(config.block_size) if config.pcie_attention else None,
+        )
+
+    def let_device_attend(self, share: float) -> None:
+        """Say what share of the rotating rows' tokens the device is to attend to itself."""
+        if self._rotation is not None and self._rotation.direct is not None:
+            self._rotation.direct.share = share
 
     def _forget_leavers(self, plan: StepPlan) -> None:
         """Wait for the CPU if it may be writing to blocks of requests that no longer rotate.

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from engine.backends import Backend
-from engine.batch import HostWork, RotatingRows
+from engine.batch import DirectRows, HostWork, RotatingRows
 from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
+from engine.direct_rows import ENTRY_FIELDS, MAX_DIRECT_BLOCKS, num_entries
 from engine.graph_ladders import GraphLadders
 from engine.graph_shape import GraphShape
 from engine.kv_blocks import BlockPool
@@ -46,6 +47,7 @@ class _Views:
 
     sampled: torch.Tensor
     rotating: list[torch.Tensor]
+    direct: list[torch.Tensor]
     lanes: list[dict[str, torch.Tensor]]
 
 
@@ -55,6 +57,7 @@ class _HostArrays:
 
     sampled: Ints
     rotating: list[Ints]
+    direct: list[Ints]
     lanes: list[dict[str, Ints]]
     num_bytes: int
 
@@ -151,6 +154,7 @@ class StepGraphs:
         if plan.rotating:
             assert rotation is not None, "rotating rows need a rotation"
             places = rotation.advance(plan.rotating, shape.num_visitors)
+            self._builder.note_entering(places)
         self._upload(shape, lanes, places)
         self._backend.begin_host(
             HostWork(
@@ -191,7 +195,17 @@ class StepGraphs:
         num_rotating = shape.num_visitors * (self._model.config.num_layers + 1)
         arrays: list[_Array] = [((self._num_sampled(shape),), torch.int64)]
         arrays += [((num_rotating,), torch.int64)] * _NUM_ROTATING_ARRAYS
+        arrays += self._direct_arrays(shape)
         return arrays + [array for lane in shape.lanes for array in lane.arrays().values()]
+
+    def _direct_arrays(self, shape: GraphShape) -> list[_Array]:
+        """Return those of rotating rows that the device attends to, where there can be any."""
+        rotation = self._rotation
+        if rotation is None or rotation.direct is None or not shape.num_visitors:
+            return []
+        num_segments = len(rotation.segments)
+        entries = (num_segments, ENTRY_FIELDS, num_entries(rotation.segments, shape.num_visitors))
+        return [(entries, torch.int32), ((num_segments, MAX_DIRECT_BLOCKS), torch.int32)]
 
     def _num_bytes(self, shape: GraphShape) -> int:
         return sum(_size(array) for array in self._arrays(shape))
@@ -208,6 +222,7 @@ class StepGraphs:
         return _Views(
             sampled=next(left),
             rotating=[next(left) for _ in range(_NUM_ROTATING_ARRAYS)],
+            direct=[next(left) for _ in self._direct_arrays(shape)],
             lanes=[dict(zip(lane.arrays(), left, strict=False)) for lane in shape.lanes],
         )
 
@@ -227,6 +242,8 @@ class StepGraphs:
             positions, slots, answers = arrays.rotating
             positions[:] = rotating_positions_of(places)
             slots[:], answers[:] = places.slots, places.answers
+            if arrays.direct:
+                self._builder.fill_direct(places, *arrays.direct)
         size = arrays.num_bytes
         self._static[:size].copy_(self._uploads[number][:size], non_blocking=True)
 
@@ -240,6 +257,7 @@ class StepGraphs:
             found = self._host_views[shape, number] = _HostArrays(
                 sampled=views.sampled.numpy(),
                 rotating=[view.numpy() for view in views.rotating],
+                direct=[view.numpy() for view in views.direct],
                 lanes=[{name: view.numpy() for name, view in n.items()} for n in views.lanes],
                 num_bytes=self._num_bytes(shape),
             )
@@ -309,6 +327,10 @@ class StepGraphs:
             return None
         assert self._rotation is not None, "rotating rows need a rotation"
         positions, slots, answers = views.rotating
+        direct = None
+        if views.direct:
+            entries, blocks = views.direct
+            direct = DirectRows(entries=entries, blocks=blocks)
         return RotatingRows(
             bounds=range(0, positions.shape[0] + 1, shape.num_visitors),
             segments=self._rotation.segments,
@@ -317,6 +339,7 @@ class StepGraphs:
             slots=slots,
             residuals=self._rotation.residuals,
             answers=answers,
+            direct=direct,
         )
 
 

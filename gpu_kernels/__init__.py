@@ -8,6 +8,7 @@ from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.merge_splits import paged_decode_workspace_size
 from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.pcie_attention import host_pool_attention
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
 from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
@@ -15,6 +16,7 @@ from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
 __all__ = [
     "add_rms_norm",
     "depart_rows",
+    "host_pool_attention",
     "paged_decode_attention",
     "paged_decode_workspace_size",
     "paged_prefill_attention",

@@ -20,6 +20,7 @@ from gpu_kernels import (
     kv_swap,
     merge_splits,
     norm,
+    pcie_attention,
     prefill_attention,
     rope_store,
     rotating_rows,
@@ -38,6 +39,7 @@ KERNELS: tuple[Any, ...] = (
     handover.receive_rows_kernel,
     rotating_rows.depart_rows_kernel,
     rotating_rows.rejoin_rows_kernel,
+    pcie_attention.host_pool_attention_kernel,
     norm.rms_norm_kernel,
     activation.silu_and_mul_kernel,
     few_rows.skinny_linear_kernel,
@@ -207,6 +209,11 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
     launch(
         "rejoin rows", rotating_rows.rejoin_rows,
         out.flatten(1), residual, out.flatten(1), positions, residual, positions,
+    )  # fmt: skip
+    launch(
+        "attention over PCIe", pcie_attention.host_pool_attention,
+        out.flatten(1), qkv, zeros(pcie_attention.ENTRY_FIELDS, 1, dtype=torch.int32), ids,
+        k_host[0], v_cache, 1.0,
     )  # fmt: skip
     launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
     launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)

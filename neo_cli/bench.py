@@ -82,6 +82,7 @@ def bench(
         SchedulerConfig, "max_num_batched_tokens"
     ),
     tpot_limit_ms: opt.TpotLimitMs = default(SchedulerConfig, "tpot_limit_ms"),
+    pcie_attention: opt.PcieAttention = default(EngineConfig, "pcie_attention"),
     enforce_eager: opt.EnforceEager = default(EngineConfig, "enforce_eager"),
     async_scheduling: opt.AsyncScheduling = default(EngineConfig, "async_scheduling"),
 ) -> int:
@@ -103,6 +104,7 @@ def bench(
             host_kv_gb=host_kv_gb,
             gpu_memory_utilization=gpu_memory_utilization,
             threads=threads,
+            pcie_attention=pcie_attention,
             enforce_eager=enforce_eager,
             async_scheduling=async_scheduling,
             scheduler=SchedulerConfig(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config import EngineConfig
+from engine.config import PCIE_MODES, EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.scheduling.scheduler_config import MODES
 from workloads.bench.system import System
@@ -140,6 +140,7 @@ def simulated_systems(options: SystemOptions, config: EngineConfig) -> "Sequence
             hardware=load_hardware(machine),
             model=model,
             limits=_with_mode(config, name, options).scheduler,
+            pcie_attention=config.pcie_attention,
             block_size=config.block_size,
             device_blocks=config.device_kv_blocks,
             host_kv_gb=config.host_kv_gb,
@@ -163,8 +164,12 @@ def _with_mode(config: EngineConfig, system: str, options: SystemOptions) -> Eng
     if options.log_steps:
         options.result_dir.mkdir(parents=True, exist_ok=True)
         log = options.result_dir / f"{system}.steps.jsonl"
+    mode = NEO_MODES[system]
     return replace(
-        config, scheduler=replace(config.scheduler, mode=NEO_MODES[system]), log_steps=log
+        config,
+        scheduler=replace(config.scheduler, mode=mode),
+        pcie_attention=config.pcie_attention and mode in PCIE_MODES,
+        log_steps=log,
     )
 
 

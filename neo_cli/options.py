@@ -79,6 +79,14 @@ TpotLimitMs = Annotated[
 EnforceEager = Annotated[
     bool, option("Launch every GPU kernel by itself, without CUDA graphs.", MODEL_PANEL)
 ]
+PcieAttention = Annotated[
+    bool,
+    option(
+        "Let the GPU compute part of the offloaded attention itself, reading host memory over PCIe "
+        "(not measured on a GPU yet).",
+        MODEL_PANEL,
+    ),
+]
 AsyncScheduling = Annotated[
     bool | None,
     option(

@@ -38,6 +38,8 @@ KERNEL_NAMES = (
 )
 HOST_ROWS = (0, 1, 8, 16, 32, 64)
 ROTATING_ROWS = (33, 66, 132)
+DIRECT_SHARES = (0.0, 0.15, 0.3)
+"""Of the rotating rows' tokens, those that the GPU attends to itself."""
 REPEATS = 7
 
 
@@ -96,15 +98,19 @@ class StepBench:
             "host_rows": host_rows,
             "lanes": lanes,
             "host_len": host_len,
+            "direct_share": 0.0,
         }
         return loads | _times(results, kernels)
 
-    def measure_overlap(self, device_rows: int, host_rows: int, host_len: int) -> dict[str, Any]:
+    def measure_overlap(
+        self, device_rows: int, host_rows: int, host_len: int, direct_share: float
+    ) -> dict[str, Any]:
         """Time steps of a full rotation, whose rows are spread evenly over the layers.
 
         Returns:
             Milliseconds of the parts.
         """
+        self._runner.let_device_attend(direct_share)
         with self.rotation(device_rows, host_rows, host_len) as run:
             results = [run() for _ in range(REPEATS)]
             kernels = kernel_ms(run)
@@ -114,6 +120,7 @@ class StepBench:
             "host_rows": host_rows,
             "lanes": 1,
             "host_len": host_len,
+            "direct_share": direct_share,
         }
         return loads | _times(results, kernels)
 
@@ -200,7 +207,8 @@ def run(model: str, device_kv_blocks: int, host_kv_gb: float, context_len: int) 
         max_model_len=8192,
         device_kv_blocks=device_kv_blocks,
         host_kv_gb=host_kv_gb,
-        scheduler=SchedulerConfig(mode="asymmetric"),
+        pcie_attention=True,
+        scheduler=SchedulerConfig(mode="overlap"),
     )
     start = time.perf_counter()
     checkpoint = open_checkpoint(config.model, load_format="dummy")
@@ -216,7 +224,12 @@ def run(model: str, device_kv_blocks: int, host_kv_gb: float, context_len: int) 
         rows.append(bench.measure(device_rows, host_rows, 2, context_len))
         rows.append(bench.measure(device_rows, host_rows, 2, 1))
     rows.append(bench.measure(device_rows, 16, 1, context_len))
-    rows += [bench.measure_overlap(device_rows, n, context_len) for n in ROTATING_ROWS]
+    rows += [
+        bench.measure_overlap(device_rows, host_rows, context_len, share)
+        for host_rows in ROTATING_ROWS
+        for share in DIRECT_SHARES
+    ]
+    runner.let_device_attend(0.0)
     beside = []
     copies = CopiesBeside(runner.model_config, config.block_size, runner.dtype, runner.device)
     with bench.decodes(device_rows) as run_step:

@@ -1,5 +1,7 @@
 """What a step takes if KV comes or goes over PCIe beside it, and what PCIe gives meanwhile.
 
+KV is copied, or attended to where it is.
+
 Three parties want something of the others: kernels that copy take multiprocessors from the step's,
 and PCIe takes the bandwidth of host memory from the CPU's attention.
 """
@@ -13,10 +15,13 @@ import torch
 from engine.model_config import ModelConfig
 from engine.step_in_flight import StepResult
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
+from gpu_kernels.pcie_attention import host_pool_attention
 
 NUM_BLOCKS = 128
 """Blocks of a copy: of Llama-3-8B's 275 MB, 5 ms at what PCIe 5 gives."""
 NUM_PROGRAMS = (None, 32, 16, 8, 6, 4)
+NUM_ATTENDING = (128, 64, 32, 16)
+"""Programs of attention: far smaller ones, of one warp each."""
 _PIECE_BYTES = 4 * 2**20
 _REPEATS = 7
 
@@ -35,6 +40,7 @@ class CopiesBeside:
         self, model: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         size = (model.num_layers, NUM_BLOCKS, model.num_kv_heads, block_size, model.head_dim)
+        self._model = model
         self._on_device = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         self._on_host = [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(2)]
         self._ids = torch.randperm(NUM_BLOCKS, dtype=torch.int32, device=device)
@@ -59,6 +65,7 @@ class CopiesBeside:
                 (f"{direction}, {n or 'all'} programs", self._by_kernel(n, direction))
                 for n in NUM_PROGRAMS
             ]
+        ways += [(f"attended, {n} programs", self._by_attention(n)) for n in NUM_ATTENDING]
         ways.append(("in, copy engine", self._by_engine))
         return [{"mode": mode, "copy": name} | self._row(copy, run_step) for name, copy in ways]
 
@@ -104,6 +111,24 @@ class CopiesBeside:
         pools = (*self._on_device, self._ids, k_host, v_host, self._ids)
         copy = swap_in_kv if direction == "in" else swap_out_kv
         return lambda: copy(*pools, max_programs=max_programs)
+
+    def _by_attention(self, num_programs: int) -> Callable[[], None]:
+        """Attend to all blocks where they are, one row a layer."""
+        k_host, v_host = self._on_host
+        num_layers, num_blocks, num_kv_heads, block_size, head_dim = k_host.shape
+        layers = torch.arange(num_layers, dtype=torch.int32, device=self._device)
+        length = torch.full_like(layers, num_blocks * block_size)
+        entries = torch.stack([layers, layers, length, layers * num_blocks])
+        blocks = (layers[:, None] * num_blocks + self._ids).flatten()
+        q_width = self._model.num_q_heads * head_dim
+        width = q_width + 2 * num_kv_heads * head_dim
+        rows = torch.randn(num_layers, width, device=self._device).to(k_host.dtype)
+        out = rows.new_empty(num_layers, q_width)
+        k_host = k_host.view(-1, num_kv_heads, head_dim, block_size)
+        pools, scale = (k_host, v_host.flatten(0, 1)), head_dim**-0.5
+        return lambda: host_pool_attention(
+            out, rows, entries, blocks, *pools, scale, num_programs=num_programs
+        )
 
     def _by_engine(self) -> None:
         for device, host in zip(self._on_device, self._on_host, strict=True):

@@ -90,7 +90,27 @@ class CpuBackend:
             ) from error
         self._shape = shape
         if host is not None:
-            self._host = HostAttention(self._kernels, shape, host, self.device)
+            self._host = HostAttention(
+                self._kernels, shape, host, self.device, self._attend_directly
+            )
+
+    def _attend_directly(
+        self, answers: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, blocks: torch.Tensor
+    ) -> None:
+        """Attend one row after the other; its new K and V are stored a second time."""
+        shape, host = self._checked_shape(), self._checked_host()
+        heads = [shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads]
+        pools = host.k_pool.flatten(0, 1), host.v_pool.flatten(0, 1)
+        for row, answer, length, first in entries.T.tolist():
+            if length == 0:
+                continue
+            q, k, v = rows[row].view(1, -1, shape.head_dim).split(heads, dim=1)
+            table = blocks[None, first : first + -(-length // shape.block_size)]
+            out = answers[answer].view(1, -1, shape.head_dim)
+            lens = torch.tensor([length], dtype=torch.int32)
+            self._kernels.paged_decode_attention(
+                out, q, *pools, table, lens, shape.softmax_scale, k=k, v=v
+            )
 
     def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
         """Copy blocks to the host pool; see `Backend`."""
@@ -132,7 +152,9 @@ class CpuBackend:
         """Nothing to do: copies are made at once."""
 
     def join_copies(self) -> None:
-        """Nothing to do: copies are made at once."""
+        """Nothing is under way but what plays a GPU's second stream; see `Backend`."""
+        if self._host is not None:
+            self._host.join_direct()
 
     def end_step(self) -> HostStepTimes | None:
         """Wait for the CPU; see `Backend`."""
@@ -221,6 +243,7 @@ class CpuBackend:
     ) -> None:
         """Hand rotating rows over; see `Backend`."""
         rotating = self._checked_host().rotating
+        rotating.begin_layer(layer)
         if qkv.shape[0]:
             rows, sent = rotating.rows, rotating.sent(layer)
             departing = rows.departing(layer)

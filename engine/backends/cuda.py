@@ -23,6 +23,7 @@ from engine.paths import cache_dir
 from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.linear import LinearLayers
 from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.pcie_attention import host_pool_attention
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
 from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
@@ -129,7 +130,9 @@ class CudaBackend:
         except KernelBuildError as error:
             raise ConfigError(f"{error}, or use --mode gpu-only") from error
         self._cpus_before = keep_off(self._kernels.cpus)
-        self._host = HostAttention(self._kernels, shape, size, self.device, self._make_channels)
+        self._host = HostAttention(
+            self._kernels, shape, size, self.device, self._attend_directly, self._make_channels
+        )
         self._staging = Staging(shape, self._host, self.device)
         self._swaps = Swaps(self._k_cache, self._v_cache, self._host)
         self._no_slots = torch.full((size.max_rows,), -1, dtype=torch.int64, device=self.device)
@@ -138,6 +141,13 @@ class CudaBackend:
         self, buffers: PinnedBuffers, num_channels: int, limit_s: float
     ) -> DeviceHandover:
         return DeviceHandover(buffers, num_channels, self.device, limit_s)
+
+    def _attend_directly(
+        self, answers: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, blocks: torch.Tensor
+    ) -> None:
+        host, scale = self._checked_host(), self._checked_shape().softmax_scale
+        pools = host.k_pool.flatten(0, 1), host.v_pool.flatten(0, 1)
+        host_pool_attention(answers, rows, entries, blocks, *pools, scale)
 
     def swap_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
         """Copy blocks to the host pool, under the step's compute; see `Backend`."""
@@ -188,6 +198,8 @@ class CudaBackend:
             self._staging.join()
         if self._swaps is not None:
             self._swaps.join()
+        if self._host is not None:
+            self._host.join_direct()
 
     def end_step(self) -> HostStepTimes | None:
         """Wait for the CPU; see `Backend`."""
@@ -329,6 +341,7 @@ class CudaBackend:
         rotating, shape = self._checked_host().rotating, self._checked_shape()
         if self._swaps is not None:
             self._swaps.wait_for(layer)
+        rotating.begin_layer(layer)
         if qkv.shape[0]:
             rows, sent = rotating.rows, rotating.sent(layer)
             departing = rows.departing(layer)

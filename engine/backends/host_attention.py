@@ -13,7 +13,7 @@ from cpu_kernels.attention import CpuAttention
 from cpu_kernels.checks import host_kv_shapes
 from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes
 from engine.backends.channels import Channels, MakeChannels, PinnedBuffers
-from engine.backends.rotating_attention import RotatingAttention
+from engine.backends.rotating_attention import AttendDirectly, RotatingAttention
 from engine.backends.turns import Turn, make_turns
 from engine.batch import Batch, HostWork
 from engine.errors import CapacityError, StepError
@@ -37,6 +37,7 @@ class HostAttention:
         shape: The heads.
         size: Of the host pool.
         device: Whose rows are attended to.
+        attend_directly: How the device attends to rotating rows itself.
         make_channels: Makes the way there and back; None if the device is the CPU.
 
     Raises:
@@ -49,8 +50,10 @@ class HostAttention:
         shape: AttentionShape,
         size: HostPoolSize,
         device: torch.device,
+        attend_directly: AttendDirectly,
         make_channels: MakeChannels | None = None,
     ) -> None:
+        self._attend_directly = attend_directly
         self._make_channels = make_channels
         self._shape = shape
         self._kernels = kernels
@@ -162,6 +165,7 @@ class HostAttention:
                 device=self._device,
                 allocate=self._allocate,
                 channels_over=self._channels_over,
+                attend_directly=self._attend_directly,
                 timeout_s=DEFAULT_TIMEOUT_S,
             )
         return self._rotating
@@ -220,6 +224,11 @@ class HostAttention:
             turn.service.abort_step(reason)
         if self._rotating is not None:
             self._rotating.abandon(reason)
+
+    def join_direct(self) -> None:
+        """Let later work of the device wait for its own attention to rotating rows."""
+        if self._rotating is not None:
+            self._rotating.join()
 
     def end_rotations(self, before: int) -> HostStepTimes | None:
         """Wait until the CPU has left earlier rotations; see `Backend`."""

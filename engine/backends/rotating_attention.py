@@ -3,6 +3,9 @@
 Each turn has a service, rows and bells of its own, so that a step can begin while the CPU is still
 busy with the one before it. All turns share the attention threads and the host pool, which is seen
 as one layer whose blocks count through all of the model's.
+
+Of some rows the device computes the attention itself, on a stream beside the step's: see
+`engine.direct_rows`.
 """
 
 import contextlib
@@ -15,14 +18,19 @@ from cpu_kernels.attention import CpuAttention
 from cpu_kernels.step import StepReport
 from engine.backends.base import AttentionShape, HostStepTimes
 from engine.backends.channels import Channels
+from engine.backends.side_stream import Mark, SideStream
 from engine.backends.turns import Turn, make_turns
 from engine.batch import HostDecodeRows, RotatingRows
+from engine.direct_rows import deferred_segments
 from engine.errors import StepError
 
 _NUM_TURNS = 3
 """One that is being computed by the device, one before it that the CPU answers, one ahead."""
 
 _Allocate = Callable[[tuple[int, ...], torch.dtype, CpuAttention], torch.Tensor]
+AttendDirectly = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Fills answers, `[num_answers, q_width]`, from rows that were handed over, `[max_rows, width]`, by
+a segment's entries, `[ENTRY_FIELDS, n]`, and blocks, `[num_blocks]`; see `DirectRows`."""
 _ChannelsOver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Channels | None]
 
 
@@ -38,6 +46,7 @@ class RotatingAttention:
         device: Whose rows are attended to.
         allocate: Makes memory that the device can reach.
         channels_over: Makes channels over rows, answers and bells; None if the device is the CPU.
+        attend_directly: How the device attends to rows itself.
         timeout_s: Rows or answers that take longer are overdue.
     """
 
@@ -52,6 +61,7 @@ class RotatingAttention:
         device: torch.device,
         allocate: _Allocate,
         channels_over: _ChannelsOver,
+        attend_directly: AttendDirectly,
         timeout_s: float,
     ) -> None:
         self._num_segments = num_segments
@@ -79,7 +89,14 @@ class RotatingAttention:
         # On a GPU, rows are collected and answers unpacked there: one copy a segment each way.
         self._channels = channels_over(all_rows, all_out, all_bells, 2 * num_segments)
         self._sent = torch.empty_like(rows, device=device)
-        self._received = torch.empty_like(out, device=device)
+        # The CPU's answers, and behind them those of the device to the rows of two steps.
+        self._max_rows = max_rows
+        num_answers = (num_segments, 3 * max_rows, q_width)
+        self._received = torch.empty(num_answers, dtype=out.dtype, device=device)
+        self._attend_directly = attend_directly
+        self._side = SideStream(device)
+        self._deferred = deferred_segments(num_segments)
+        self._marks: dict[int, Mark] = {}
         self._open: deque[Turn] = deque()
         self._num_steps = 0
         self._rows: RotatingRows | None = None
@@ -124,6 +141,39 @@ class RotatingAttention:
             asked = {self._num_segments + i: o for i, o in self._before.orders.items()}
             self._channels.begin_step(turn.orders | asked)
 
+    def begin_layer(self, layer: int) -> None:
+        """Do what must be done before a layer's rows depart.
+
+        The device begins with what the last overlap step left to it. Before rows of the segment
+        take their places, it must be done with those that were there.
+        """
+        if self.rows.direct is None:
+            return
+        if layer == 0:
+            for number in self._deferred:
+                self._marks[number] = self._attend(number, self._before)
+        number, segment = _segment_of(self.rows, layer)
+        if layer == segment.start and number in self._deferred:
+            self._side.wait(self._marks.pop(number))
+
+    def _attend(self, number: int, turn: Turn) -> Mark:
+        """Let the device attend to a segment's rows that were handed over in a turn."""
+        direct = self.rows.direct
+        assert direct is not None
+        rows = self._sent[number]
+        if self._channels is None:
+            if number not in turn.orders:
+                return None
+            rows = turn.rows_of(number)
+        answers, entries, blocks = self._received, direct.entries, direct.blocks
+        return self._side.run(
+            lambda: self._attend_directly(answers[number], rows, entries[number], blocks[number])
+        )
+
+    def join(self) -> None:
+        """Let later work of the device wait for its attention to rows."""
+        self._side.join()
+
     def sent(self, layer: int) -> torch.Tensor | None:
         """Return where a layer's departing rows are to be written, before it is rung for them.
 
@@ -150,6 +200,8 @@ class RotatingAttention:
             self._channels.send(number, 0, self._sent[number, :num_rows])
         elif number in turn.orders:
             turn.ring(number)
+        if rotating.direct is not None and number not in self._deferred:
+            self._attend(number, turn)
 
     def answers(self, layer: int) -> torch.Tensor:
         """Return answers to what departed in the last overlap step, and wait for them if need be.
@@ -158,8 +210,8 @@ class RotatingAttention:
             layer: Of the model; those of its segment are waited for at its first layer with rows.
 
         Returns:
-            `[max_rows, num_q_heads * head_dim]`; `rows.answers[rows.arriving(layer)]` says which
-            are the layer's.
+            `[n, num_q_heads * head_dim]`; `rows.answers[rows.arriving(layer)]` says which are the
+            layer's.
 
         Raises:
             StepError: The device is the CPU and the service has failed.
@@ -169,11 +221,12 @@ class RotatingAttention:
         is_first = rotating.arriving(layer).start == rotating.bounds[segment.start + 1]
         if self._channels is not None:
             if is_first:
-                self._channels.receive(self._num_segments + number, 0, self._received[number])
-            return self._received[number]
-        if number not in turn.orders:
-            return turn.out[0]  # to rows to spare
-        return turn.wait(number) if is_first else turn.answers(number)
+                answers = self._received[number, : self._max_rows]
+                self._channels.receive(self._num_segments + number, 0, answers)
+        elif number in turn.orders and is_first:
+            num_rows = turn.orders[number].num_rows
+            self._received[number, :num_rows] = turn.wait(number)[:num_rows]
+        return self._received[number]
 
     def end_steps(self, before: int) -> HostStepTimes | None:
         """Wait until the CPU has left all overlap steps before one.

@@ -6,9 +6,11 @@ from engine.cost_model.corrected import CorrectedCostModel
 from engine.cost_model.prediction import (
     StageTimes,
     SubBatchLoad,
+    balanced_direct_share,
     load_of,
     pipeline_s,
     predict,
+    rotating_attention_s,
     rotation_steps,
 )
 from engine.cost_model.table import CostModelKey, StepTables, Table, TableCostModel
@@ -25,8 +27,10 @@ __all__ = [
     "SubBatchLoad",
     "Table",
     "TableCostModel",
+    "balanced_direct_share",
     "load_of",
     "pipeline_s",
     "predict",
+    "rotating_attention_s",
     "rotation_steps",
 ]

@@ -18,6 +18,10 @@ class CostModel(Protocol):
     def num_layers(self) -> int:
         """Layers of the model."""
 
+    @property
+    def direct_share(self) -> float:
+        """Of the tokens that rotating rows attend to, those that the device does, over PCIe."""
+
     def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
         """Return the time of one layer's work on rows: projections, MLP, norms, rotary, stores.
 

@@ -76,6 +76,11 @@ class CorrectedCostModel:
         """Layers of the model."""
         return self.inner.num_layers
 
+    @property
+    def direct_share(self) -> float:
+        """As of the other model."""
+        return self.inner.direct_share
+
     def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
         """Return the corrected time."""
         factor = self._factors["linear" if num_rows <= _FEW_ROWS else "long_linear"]

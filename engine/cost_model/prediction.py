@@ -27,6 +27,11 @@ the layers beside them hardly notice."""
 _PROMPT_COPY_SHARE = 0.17
 """Of that time, what the layers of a step with rotating rows take longer: 20.3 instead of 17.9 ms
 for 732 tokens of Llama-2-7B, 15.9 instead of 15.7 for 460 of Llama-3-8B (H200)."""
+_DIRECT_SLOWNESS = 1.15
+"""What attention over PCIe takes, of a copy of the same K and V. An estimate, not measured."""
+_DIRECT_STEP_SHARE = 0.1
+"""Of that time, what the layers take longer: as much as beside copies, until it is measured."""
+_MANY_TOKENS = 32_768
 _SWAP_LEAD_LAYERS = 4
 """Layers that are moved at once: `engine.backends.cuda_swaps` lets a layer wait for no others."""
 
@@ -148,6 +153,33 @@ def rotation_steps(model: CostModel) -> int:
     return model.num_layers + 1
 
 
+def rotating_attention_s(model: CostModel, num_rows: int, total_tokens: int) -> tuple[float, float]:
+    """Return the times of the rotating rows' attention in a step.
+
+    Args:
+        model: Times of the parts.
+        num_rows: Rows that rotate.
+        total_tokens: Tokens that they attend to.
+
+    Returns:
+        The CPU's, and the device's for its share, which it reads over PCIe meanwhile.
+    """
+    direct_tokens = round(model.direct_share * total_tokens)
+    cpu_s = model.cpu_attention_s(num_rows, total_tokens - direct_tokens, rotating=True)
+    return cpu_s, _direct_s(model, direct_tokens)
+
+
+def balanced_direct_share(model: CostModel) -> float:
+    """Return the share of the rotating rows' tokens with which device and CPU take equally long."""
+    cpu_s = model.cpu_attention_s(1, _MANY_TOKENS, rotating=True)
+    direct_s = _direct_s(model, _MANY_TOKENS)
+    return cpu_s / (cpu_s + direct_s) if direct_s > 0 else 0.0
+
+
+def _direct_s(model: CostModel, num_tokens: int) -> float:
+    return _DIRECT_SLOWNESS * model.swap_s(num_tokens) / model.num_layers
+
+
 def _visitors(model: CostModel, load: SubBatchLoad) -> int:
     """Return how many rotating rows are in a layer on average, rounded up."""
     return -(-load.num_rotating // rotation_steps(model))
@@ -221,9 +253,10 @@ def predict(
     gdec = [model.gpu_attention_s(load.num_gdec, load.gdec_tokens) for load in loads]
     cdec = [model.cpu_attention_s(load.num_cdec, load.cdec_tokens) for load in loads]
     handovers = [_handover_s(model, load, is_graph=is_graph) for load in loads]
-    rotating_s = sum(
-        model.cpu_attention_s(load.num_rotating, load.rotating_tokens, rotating=True)
-        for load in loads
+    rotating_s, direct_s = rotating_attention_s(
+        model,
+        sum(load.num_rotating for load in loads),
+        sum(load.rotating_tokens for load in loads),
     )
     stages = [
         StageTimes(
@@ -248,10 +281,11 @@ def predict(
     swap_s = model.swap_s(swap_tokens)
     exposed_swap_s = swap_s if is_graph else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
     arriving_s = model.swap_s(arriving_tokens)
-    layers_s += prefix_s + _ARRIVING_SHARE * arriving_s
+    layers_s += prefix_s + _ARRIVING_SHARE * arriving_s + _DIRECT_STEP_SHARE * direct_s
     if any(load.num_rotating for load in loads):
         layers_s += _PROMPT_COPY_SHARE * copies_s
-    device_s = max(layers_s, copies_s, launch_s, arriving_s, swap_s) + min(swap_s, exposed_swap_s)
+    device_s = max(layers_s, copies_s, launch_s, arriving_s, swap_s, direct_s)
+    device_s += min(swap_s, exposed_swap_s)
     device_s += model.fixed_step_s(num_sampled)
     step_s = max(device_s, rotating_s)
     rotated = sum(load.num_rotating for load in loads) / rotation_steps(model)

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
+from engine.cost_model import (
+    CostModel,
+    SubBatchLoad,
+    predict,
+    rotating_attention_s,
+    rotation_steps,
+)
 from engine.request import Request
 from engine.scheduling.dealing import largest, prefix_sums
 from engine.scheduling.step_view import StepView
@@ -62,7 +68,7 @@ def _num_hidden(model: CostModel, base: SubBatch, prefix: Sequence[int]) -> int:
     device_s = predict(model, [load]).step_s
 
     def is_hidden(num_rows: int) -> bool:
-        return model.cpu_attention_s(num_rows, prefix[num_rows], rotating=True) <= device_s
+        return max(rotating_attention_s(model, num_rows, prefix[num_rows])) <= device_s
 
     return largest(len(prefix) - 1, is_hidden)
 

@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
+from engine.backends import cuda
 from engine.backends.cuda import CudaBackend
 from engine.batch_builder import BatchBuilder
 from engine.cost_model import TableCostModel
@@ -39,6 +40,8 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "asymmetric, static": (True, {"mode": "asymmetric", **OFFLOADED}),
     "overlap": (False, {"mode": "overlap", "max_num_batched_tokens": 16, **OFFLOADED}),
     "overlap, static": (True, {"mode": "overlap", **OFFLOADED}),
+    "pcie attention": (False, {"mode": "overlap", "pcie_attention": True, **OFFLOADED}),
+    "pcie attention, static": (True, {"mode": "overlap", "pcie_attention": True, **OFFLOADED}),
 }
 """Whether steps run from the buffers that graphs read, and the engine's options."""
 
@@ -105,7 +108,9 @@ def serve(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     def measured(runner: ModelRunner, *args: object) -> TableCostModel:
         return make_cost_model(num_layers=runner.model_config.num_layers)
 
-    with mock.patch("engine.cost_tables.load_or_profile", measured), LLM(
+    with mock.patch("engine.cost_tables.load_or_profile", measured), mock.patch.object(
+        cuda, "host_pool_attention", side_effect=cuda.host_pool_attention
+    ) as attend, LLM(
         str(folder), device="cpu", load_format="dummy", dtype="float32", max_model_len=32,
         max_num_seqs=8, threads=1, **{"max_num_batched_tokens": 32, **options},
     ) as llm:  # fmt: skip
@@ -116,6 +121,7 @@ def serve(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             "got": outputs,
             "modes": dict(stats.steps_by_mode),
             "swapped_blocks": stats.swapped_in_blocks + stats.swapped_out_blocks,
+            "direct_launches": attend.call_count,
         }
 
 

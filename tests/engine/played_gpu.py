@@ -1,7 +1,7 @@
 """What only a GPU does, played by the CPU: channels, copies that take time, static buffers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -10,6 +10,7 @@ from engine.backends.cpu import CpuBackend
 from engine.backends.doorbells import HostDoorbells
 from engine.backends.handover import DeviceHandover
 from engine.backends.host_attention import HostAttention
+from engine.backends.side_stream import SideStream
 from engine.runner import ModelRunner
 from engine.step_graphs import StepGraphs
 
@@ -34,11 +35,13 @@ def use_channels(patch: pytest.MonkeyPatch) -> None:
     """Let a CPU that plays the device hand rows over as a GPU does."""
     make = HostAttention.__init__
 
-    def make_with_channels(self, kernels, shape, size, device, make_channels=None) -> None:
+    def make_with_channels(
+        self, kernels, shape, size, device, attend_directly, make_channels=None
+    ) -> None:
         def played(buffers: PinnedBuffers, count: int, limit_s: float) -> DeviceHandover:
             return PlayedHandover(buffers, count, device, limit_s)
 
-        make(self, kernels, shape, size, device, played)
+        make(self, kernels, shape, size, device, attend_directly, played)
 
     patch.setattr(HostAttention, "__init__", make_with_channels)
 
@@ -71,6 +74,32 @@ def let_arrivals_come_late(patch: pytest.MonkeyPatch) -> list[Sequence[int]]:
     patch.setattr(CpuBackend, "swap_in", swap_in_late)
     patch.setattr(CpuBackend, "join_arrivals", join_arrivals)
     return arrived
+
+
+class LateSideStream(SideStream):
+    """Runs work as late as whoever waits for it allows."""
+
+    def __init__(self, device) -> None:
+        super().__init__(device)
+        self._work: list[Callable[[], None]] = []
+        self._num_done = 0
+
+    def run(self, work):
+        self._work.append(work)
+        return len(self._work)
+
+    def wait(self, mark) -> None:
+        for work in self._work[self._num_done : mark]:
+            work()
+        self._num_done = max(self._num_done, mark or 0)
+
+    def join(self) -> None:
+        self.wait(len(self._work))
+
+
+def let_side_work_come_late(patch: pytest.MonkeyPatch) -> None:
+    """Let the device's own attention to rotating rows be done as late as a GPU may do it."""
+    patch.setattr("engine.backends.rotating_attention.SideStream", LateSideStream)
 
 
 def ring_nobody(patch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -24,6 +25,11 @@ from engine.scheduling.scheduler_config import MODES
 from tests.engine.tiny_models import make_tiny_model
 
 NUM_LAYERS = 7
+PCIE = "overlap, PCIe"
+SOAKED: dict[str, dict[str, Any]] = {
+    **{mode: {"mode": mode} for mode in MODES},
+    PCIE: {"mode": "overlap", "pcie_attention": True},
+}
 NUM_PROMPTS = 48
 NUM_OUTPUT = 40
 OPTIONS = {"load_format": "dummy", "dtype": "float32", "max_model_len": 128, "threads": 1}
@@ -98,7 +104,7 @@ def soak(
     Args:
         folder: The model.
         device: Where it runs.
-        mode: The scheduler's.
+        mode: One of `SOAKED`.
         seconds: How long.
         prompts: What requests ask.
         expected: The answer to each.
@@ -107,7 +113,7 @@ def soak(
     """
     found = Soak(mode)
     host = {} if mode == "gpu-only" else {"host_kv_gb": 0.02}
-    options = {"mode": mode, "async_scheduling": True, **SMALL_POOLS, **host}
+    options = {**SOAKED[mode], "async_scheduling": True, **SMALL_POOLS, **host}
     with LLM(str(folder), device=device, **OPTIONS, **options) as llm:
         driver = _Driver(llm.engine, prompts, expected, found, seed)
         start = time.monotonic()
@@ -225,7 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="*", choices=SOAKED, default=list(SOAKED))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     prompts = make_prompts(arguments.seed)

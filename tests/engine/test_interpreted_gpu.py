@@ -27,3 +27,4 @@ def test_tokens_are_those_of_the_cpu_backend(results: dict[str, Any], case: str)
     _, options = CASES[case]
     assert options["mode"].replace("-", "_") in result["modes"]
     assert (result["swapped_blocks"] > 0) == (options["mode"] == "overlap")
+    assert (result["direct_launches"] > 0) == ("pcie_attention" in options)

@@ -27,7 +27,9 @@ PARAMS = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True)
 PROMPT_LENGTHS = (1, 15, 16, 17, 40, 90)
 
 
-def make_runner(folder: Path, device: str, dtype: str = "float32", **options) -> ModelRunner:
+def make_runner(
+    folder: Path, device: str, dtype: str = "float32", mode: str = "asymmetric", **options
+) -> ModelRunner:
     config = EngineConfig(
         model=str(folder),
         device=device,
@@ -35,7 +37,7 @@ def make_runner(folder: Path, device: str, dtype: str = "float32", **options) ->
         max_model_len=200,
         host_kv_gb=0.02,
         threads=2,
-        scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256, mode="asymmetric"),
+        scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256, mode=mode),
         **{"device_kv_blocks": 64, **options},
     )
     return ModelRunner(config, open_checkpoint(folder), lambda line: None)

@@ -15,7 +15,12 @@ from engine.rotation import rotation_segments
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
-from tests.engine.played_gpu import ring_nobody, use_channels, use_static_buffers
+from tests.engine.played_gpu import (
+    let_side_work_come_late,
+    ring_nobody,
+    use_channels,
+    use_static_buffers,
+)
 from tests.engine.test_pipeline import NUM_OUTPUT, RandomPolicy, make_runner
 from tests.engine.tiny_models import make_tiny_model
 from tests.markers import DEVICES
@@ -94,8 +99,10 @@ class RotatingPolicy(RandomPolicy):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_any_rotation_gives_the_same_tokens(deep_folder: Path, device: str) -> None:
-    runner = make_runner(deep_folder, device)
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_any_rotation_gives_the_same_tokens(deep_folder: Path, device: str, share: float) -> None:
+    runner = make_runner(deep_folder, device, mode="overlap", pcie_attention=share > 0)
+    runner.let_device_attend(share)
     try:
         expected = RandomPolicy(runner, 0, host_share=0.0, swap_chance=0.0).run()
         assert all(len(tokens) == NUM_OUTPUT for tokens in expected)
@@ -111,11 +118,16 @@ def test_any_rotation_gives_the_same_tokens(deep_folder: Path, device: str) -> N
 
 @pytest.mark.ispc
 @pytest.mark.parametrize("channels", [False, True])
-def test_static_buffers_change_nothing(deep_folder: Path, channels: bool, monkeypatch) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_static_buffers_change_nothing(
+    deep_folder: Path, channels: bool, share: float, monkeypatch
+) -> None:
     use_static_buffers(monkeypatch)
     if channels:
         use_channels(monkeypatch)
-    runner = make_runner(deep_folder, "cpu")
+        let_side_work_come_late(monkeypatch)
+    runner = make_runner(deep_folder, "cpu", mode="overlap", pcie_attention=share > 0)
+    runner.let_device_attend(share)
     try:
         expected = RandomPolicy(runner, 0, host_share=0.0, swap_chance=0.0).run()
         for seed in range(4):
@@ -162,8 +174,10 @@ def expected(expected_on) -> list[list[int]]:
         {"device_kv_blocks": 2, "async_scheduling": True},
         {"max_num_seqs": 4, "max_num_batched_tokens": 16, "async_scheduling": True},
         {"host_kv_gb": 0.003, "device_kv_blocks": 5},
+        {"pcie_attention": True},
+        {"pcie_attention": True, "device_kv_blocks": 2, "async_scheduling": True},
     ],
-    ids=["plain", "ahead", "tiny", "tiny-ahead", "chunks", "preempted"],
+    ids=["plain", "ahead", "tiny", "tiny-ahead", "chunks", "preempted", "pcie", "pcie-ahead"],
 )
 def test_the_engine_gives_the_same_tokens(deep_folder, expected_on, device: str, options) -> None:
     expected = expected_on(device)
@@ -182,7 +196,9 @@ def test_the_engine_gives_the_same_tokens(deep_folder, expected_on, device: str,
 def test_channels_change_nothing(deep_folder, expected, monkeypatch) -> None:
     """A GPU copies a segment's rows at once, through pinned memory; so does a CPU here."""
     use_channels(monkeypatch)
-    for options in ({}, {"device_kv_blocks": 2, "async_scheduling": True}):
+    let_side_work_come_late(monkeypatch)
+    tiny = {"device_kv_blocks": 2, "async_scheduling": True}
+    for options in ({}, tiny, {"pcie_attention": True}, {"pcie_attention": True, **tiny}):
         with make_llm(deep_folder, "cpu", **options) as llm:
             assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected
             assert llm.engine.stats.rows["rotating"] > 0

@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from engine.scheduling.scheduler_config import MODES
-from tests.engine.soak import Soak, expected_tokens, make_model, make_prompts, print_soaks, soak
+from tests.engine.soak import (
+    PCIE,
+    SOAKED,
+    Soak,
+    expected_tokens,
+    make_model,
+    make_prompts,
+    print_soaks,
+    soak,
+)
 
 pytestmark = pytest.mark.ispc
 
@@ -27,7 +35,7 @@ def expected(folder: Path, prompts) -> list[list[int]]:
     return expected_tokens(folder, "cpu", prompts)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOAKED)
 def test_random_arrivals_and_cancellations_change_no_token(
     folder: Path, prompts, expected, mode: str, capsys
 ) -> None:
@@ -35,7 +43,7 @@ def test_random_arrivals_and_cancellations_change_no_token(
     assert found.faults == []
     assert found.num_cancelled > 0
     assert found.num_requests > found.num_cancelled
-    if mode == "overlap":
+    if mode in ("overlap", PCIE):
         assert found.rows["rotating"] > 0
     if mode == "asymmetric":
         assert found.rows["cdec"] > 0

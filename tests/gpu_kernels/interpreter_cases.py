@@ -50,6 +50,14 @@ CASES: dict[str, Callable[[], None]] = {
     "swap_nothing": lambda: checks.check_swap(0, device="cpu"),
     "handover": lambda: checks.check_handover(3, 2, width=72, device="cpu"),
     "handover_nothing": lambda: checks.check_handover(2, 0, device="cpu"),
+    "host_pool_attention": lambda: checks.check_host_pool_attention(
+        [17, 0, 1, 33, 30], group_size=3, head_dim=24, num_kv_heads=2, device="cpu"
+    ),
+    "host_pool_attention_fp16": lambda: checks.check_host_pool_attention(
+        [70], group_size=1, head_dim=32, num_kv_heads=3, block_size=32, dtype=torch.float16,
+        device="cpu",
+    ),
+    "host_pool_attention_nothing": lambda: checks.check_host_pool_attention([], device="cpu"),
     "norm": lambda: checks.check_norm(2, 48, device="cpu"),
     "skinny_linear": lambda: checks.check_skinny_linear(3, 128, 512, with_bias=True, device="cpu"),
     "silu": lambda: checks.check_silu(2, 40, device="cpu"),

@@ -16,6 +16,7 @@ from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.pcie_attention import ENTRY_FIELDS, host_pool_attention
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
 from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
@@ -342,6 +343,56 @@ def check_swap(
         (*old, *host, *new), (*expected_old, *expected_host, *expected_new), strict=True
     ):
         oracle.assert_same_bits(got, expected)
+
+
+def check_host_pool_attention(
+    seq_lens: list[int],
+    *,
+    num_kv_heads: int = 2,
+    group_size: int = 4,
+    head_dim: int = 64,
+    block_size: int = 16,
+    num_programs: int = 5,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+    pinned: bool = False,
+) -> None:
+    """Attends from shuffled rows; the host pool is NaN where no past token is."""
+    num_q_heads, num_entries = num_kv_heads * group_size, len(seq_lens)
+    heads = [num_q_heads, num_kv_heads, num_kv_heads]
+    generator = torch.Generator().manual_seed(9)
+    past_lens = [max(0, length - 1) for length in seq_lens]
+    past = make_paged_batch(past_lens, num_kv_heads, head_dim, block_size, dtype, device)
+    k_host, v_host = past.k_cache.transpose(2, 3).contiguous(), past.v_cache
+    if pinned:
+        k_host, v_host = k_host.cpu().pin_memory(), v_host.cpu().pin_memory()
+    sent = random_rows(num_entries + 2, sum(heads), head_dim, dtype, device, seed=4)
+    rows = torch.randperm(num_entries + 2, generator=generator)[:num_entries]
+    outs = torch.randperm(num_entries + 3, generator=generator)[:num_entries]
+    lists = [
+        [*table[: -(-length // block_size)].tolist(), 2**30]
+        for table, length in zip(past.block_tables.cpu(), past_lens, strict=True)
+    ]
+    firsts = list(itertools.accumulate(map(len, lists), initial=0))[:-1]
+    fields = [rows.tolist(), outs.tolist(), seq_lens, firsts]
+    entries = torch.tensor(fields, dtype=torch.int32, device=device).view(ENTRY_FIELDS, num_entries)
+    blocks = torch.tensor([b for one in lists for b in one], dtype=torch.int32, device=device)
+    out = poisoned(random_rows(num_entries + 3, num_q_heads, head_dim, dtype, device))
+    scale = head_dim**-0.5
+    host_pool_attention(
+        out.flatten(1), sent.flatten(1), entries, blocks, k_host, v_host, scale,
+        num_programs=num_programs,
+    )  # fmt: skip
+    written = [outs[i] for i, length in enumerate(seq_lens) if length]
+    assert out[[i for i in range(num_entries + 3) if i not in written]].isnan().all()
+    for i, length in enumerate(seq_lens):
+        if not length:
+            continue
+        q, k, v = sent[rows[i]][None].split(heads, dim=1)
+        keys, values = torch.cat([past.k_seqs[i], k]), torch.cat([past.v_seqs[i], v])
+        exact = oracle.attention(q, keys, values, scale, torch.float32)
+        plain = oracle.attention(q, keys, values, scale, dtype)
+        oracle.assert_close(out[outs[i]][None], exact, plain)
 
 
 def check_norm(

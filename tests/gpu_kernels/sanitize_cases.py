@@ -27,6 +27,9 @@ def main() -> None:
             checks.check_swap(
                 5, num_kv_heads=3, head_dim=80, block_size=48, dtype=dtype, pinned=pinned
             )
+            checks.check_host_pool_attention(
+                [1, 0, 17, 300], num_kv_heads=3, head_dim=80, dtype=dtype, pinned=pinned
+            )
         checks.check_norm(3, 576, dtype=dtype)
         checks.check_silu(3, 1100, dtype=dtype)
     torch.cuda.synchronize()

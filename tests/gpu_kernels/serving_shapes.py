@@ -9,6 +9,7 @@ from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.linear import LinearLayers
 from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.pcie_attention import ENTRY_FIELDS, host_pool_attention
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
 from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
@@ -77,6 +78,11 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
             q_norm_weight=norm_weight, k_norm_weight=norm_weight,
         )  # fmt: skip
         rejoin_rows(out.flatten(1), hidden, out.flatten(1).clone(), slots, kept, slots)
+        entries = ints(ENTRY_FIELDS, num_rows, dtype=torch.int32)
+        pools_of_all = k_host.flatten(0, 1), hosts[:, 1].flatten(0, 1).contiguous()
+        if device == "cuda":
+            pools_of_all = pools_of_all[0].pin_memory(), pools_of_all[1].pin_memory()
+        host_pool_attention(out.flatten(1), qkv, entries, ids, *pools_of_all, 0.1)
         rms_norm(hidden, hidden, hidden[0].clone(), 1e-5)
         add_rms_norm(hidden, hidden, hidden.clone(), hidden[0].clone(), 1e-5)
         sizes = (num_rows, 2 * shape.intermediate_size)

@@ -84,6 +84,15 @@ def rejoin_args(n: int = N) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pcie_args(n: int = N) -> dict[str, Any]:
+    return {
+        "out": zeros(7, H * D), "sent": zeros(5, (H + 2 * KV) * D),
+        "entries": zeros(4, n, dtype=I32), "blocks": zeros(9, dtype=I32),
+        "k_host": zeros(6, KV, D, B), "v_host": zeros(6, KV, B, D),
+        "softmax_scale": 1.0,
+    }  # fmt: skip
+
+
 def norm_args(n: int = N) -> dict[str, Any]:
     return {"out": zeros(n, D), "x": zeros(n, D), "weight": zeros(D), "eps": 1e-5}
 
@@ -122,6 +131,7 @@ LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "receive": (gpu_kernels.receive_rows, receive_args),
     "depart": (gpu_kernels.depart_rows, depart_args),
     "rejoin": (gpu_kernels.rejoin_rows, rejoin_args),
+    "pcie": (gpu_kernels.host_pool_attention, pcie_args),
     "norm": (gpu_kernels.rms_norm, norm_args),
     "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
     "silu": (gpu_kernels.silu_and_mul, silu_args),
@@ -169,6 +179,14 @@ WRONG_VALUES = [
     ("depart", {"cos_sin_cache": zeros(9, 7, dtype=F32)}, "rotary_dim"),
     ("depart", {"k_norm_weight": zeros(D)}, "k_norm_weight"),
     ("rejoin", {"out": zeros(D, N).t()}, "out"),
+    ("pcie", {"sent": zeros(5, (H + 2 * KV) * D + 1)}, "sent width"),
+    ("pcie", {"sent": zeros(5, 2 * KV * D)}, "sent width"),
+    ("pcie", {"sent": zeros((H + 2 * KV) * D, 5).t()}, "sent"),
+    ("pcie", {"out": zeros(H * D, 7).t()}, "out"),
+    ("pcie", {"entries": zeros(N, 4, dtype=I32).t()}, "entries"),
+    ("pcie", {"blocks": zeros(18, dtype=I32)[::2]}, "blocks"),
+    ("pcie", {"k_host": zeros(6, KV, B, D).transpose(2, 3)}, "k_host"),
+    ("pcie", {"v_host": zeros(6, KV, D, B)}, "v_host"),
     ("rejoin", {"answers": zeros(D, 7).t()}, "answers"),
     ("rejoin", {"answer_ids": zeros(2 * N, dtype=I64)[::2]}, "answer_ids"),
     ("rejoin", {"kept": zeros(48, 5).t()}, "kept"),

@@ -11,7 +11,12 @@ from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.tiles import PrefillTiles, gpu_class, prefill_tiles, short_prefill_tiles
 from tests.gpu_kernels.gpu import DTYPES, MARKS
 from tests.gpu_kernels.inputs import PagedBatch, make_paged_batch, random_rows
-from tests.gpu_kernels.kernel_checks import check_decode, check_prefill, poisoned
+from tests.gpu_kernels.kernel_checks import (
+    check_decode,
+    check_host_pool_attention,
+    check_prefill,
+    poisoned,
+)
 
 pytestmark = MARKS
 
@@ -48,6 +53,23 @@ def test_decode_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     for num_splits in (1, 3):
         check_decode([1, 200, 33], head_dim=head_dim, dtype=dtype, num_splits=num_splits)
     check_decode([2500], head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("lengths", DECODE_LENGTHS.values(), ids=DECODE_LENGTHS.keys())
+def test_attention_over_pcie(lengths: list[int], pinned: bool, dtype: torch.dtype) -> None:
+    check_host_pool_attention(lengths, head_dim=128, dtype=dtype, pinned=pinned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_attention_over_pcie_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    for group_size, block_size in ((1, 16), (8, 32), (16, 64)):
+        check_host_pool_attention(
+            [1, 200, 33], group_size=group_size, head_dim=head_dim, block_size=block_size,
+            num_programs=32, dtype=dtype, pinned=True,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

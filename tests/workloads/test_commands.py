@@ -1,6 +1,7 @@
 """What is started for a comparison: the same room for KV, whoever serves."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,9 @@ def test_neo_gets_the_engines_options_and_turns_nobody_away() -> None:
     assert option(command, "--mode") == "gpu-only"
     assert option(command, "--host-kv-gb") is None
     assert int(option(command, "--max-queue") or 0) >= 100_000
+    assert "--pcie-attention" not in command
+    offloading = replace(CONFIG, scheduler=SchedulerConfig(), pcie_attention=True)
+    assert "--pcie-attention" in neo_command(offloading)
 
 
 @pytest.mark.usefixtures("_with_vllm")

@@ -36,6 +36,8 @@ def neo_command(config: EngineConfig) -> tuple[str, ...]:
         "--max-queue": _MAX_QUEUE,
     }
     flags = ["--enforce-eager"] if config.enforce_eager else []
+    if config.pcie_attention:
+        flags.append("--pcie-attention")
     if config.async_scheduling is not None:
         flags.append(f"--{'' if config.async_scheduling else 'no-'}async-scheduling")
     start = (sys.executable, "-m", "neo_cli.main", "serve", "--host", "127.0.0.1")

@@ -38,6 +38,7 @@ class SimulatedSystem:
         host_kv_gb: GiB of host memory for KV; None is a share of the machine's.
         gpu_memory_utilization: Share of the GPU's memory that is used.
         max_model_len: Most tokens of a request; None is what the pools hold.
+        pcie_attention: Let the GPU attend to some of the rotating rows itself.
         log_steps: Folder for step logs, one a run; None for none.
     """
 
@@ -51,6 +52,7 @@ class SimulatedSystem:
     host_kv_gb: float | None
     gpu_memory_utilization: float
     max_model_len: int | None = None
+    pcie_attention: bool = False
     log_steps: Path | None = None
 
     @property
@@ -96,6 +98,7 @@ class SimulatedSystem:
             "max_num_seqs": self.limits.max_num_seqs,
             "max_num_batched_tokens": self.limits.max_num_batched_tokens,
             "tpot_limit_ms": self.limits.tpot_limit_ms,
+            "pcie_attention": self.pcie_attention,
             "device_kv_blocks": self.num_device_blocks,
             "host_kv_blocks": self.num_host_blocks,
             "block_size": self.block_size,
@@ -140,7 +143,7 @@ class SimulatedSession:
         """Serve a workload in simulated time."""
         system = self._system
         simulator = Simulator(
-            system.hardware.cost_model(system.model.spec),
+            system.hardware.cost_model(system.model.spec, pcie_attention=system.pcie_attention),
             system.limits,
             device_blocks=system.num_device_blocks,
             host_blocks=system.num_host_blocks,

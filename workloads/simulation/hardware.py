@@ -17,6 +17,7 @@ from engine.cost_model import (
     HardwareSpec,
     ModelSpec,
     TableCostModel,
+    balanced_direct_share,
 )
 from engine.errors import ConfigError
 
@@ -50,21 +51,31 @@ class Hardware:
     tables: TableCostModel | None
     sources: Mapping[str, str]
 
-    def cost_model(self, model: ModelSpec) -> CostModel:
+    def cost_model(self, model: ModelSpec, *, pcie_attention: bool = False) -> CostModel:
         """Return the times of a model's steps on this machine.
+
+        Args:
+            model: Its shape.
+            pcie_attention: Whether the GPU attends to some of the rotating rows itself.
 
         Raises:
             ConfigError: The machine's times were measured with another model.
         """
+        found: AnalyticCostModel | TableCostModel
         if self.tables is not None:
-            if self.tables.num_layers != model.num_layers:
+            num_layers = self.tables.num_layers
+            if num_layers != model.num_layers:
                 raise ConfigError(
-                    f"the tables of {self.name} are those of a model of {self.tables.num_layers} "
-                    f"layers, this one has {model.num_layers}"
+                    f"the tables of {self.name} are those of a model of {num_layers} layers, this "
+                    f"one has {model.num_layers}"
                 )
-            return self.tables
-        assert self.spec is not None
-        return AnalyticCostModel(self.spec, model)
+            found = TableCostModel(self.tables.key, num_layers, self.tables.tables)
+        else:
+            assert self.spec is not None
+            found = AnalyticCostModel(self.spec, model)
+        if pcie_attention:
+            found.direct_share = balanced_direct_share(found)
+        return found
 
 
 def hardware_names() -> list[str]:
