@@ -36,7 +36,7 @@ def make_cost_model(
     """
     if needed:
         measured = load_or_profile(runner, on_progress)
-        measured.direct_share = balanced_direct_share(measured) if direct else 0.0
+        measured.most_direct_share = balanced_direct_share(measured) if direct else 0.0
         return CorrectedCostModel(measured)
     nominal, zero = Table([(0, 0.0), (1, 1e-6)]), Table([(0, 0.0)])
     tables = StepTables(

@@ -75,7 +75,6 @@ class LLMEngine:
         self._cost_model = make_cost_model(
             self._runner, on_progress, needed=self._is_measured, direct=config.pcie_attention
         )
-        self._runner.let_device_attend(self._cost_model.direct_share)
         self._runner.capture_graphs(on_progress)
         self._scheduler = Scheduler(limits, self._runner.pool, host_pool, self._cost_model)
         self._grammars = self._make_grammar_compiler()

@@ -124,6 +124,8 @@ class ModelRunner:
         begin = self._backend.mark()
         self._backend.join_arrivals()
         self._forget_leavers(plan)
+        if self._rotation is not None and self._rotation.direct is not None:
+            self._rotation.direct.share = plan.direct_share
         self._swap(plan)
         is_graph = self._graphs is not None and self._graphs.fits(plan)
         uses_host = any(sub_batch.cdec for sub_batch in plan.sub_batches)
@@ -219,11 +221,6 @@ class ModelRunner:
             like=self._model.weights.embedding,
             direct=DirectChoice(config.block_size) if config.pcie_attention else None,
         )
-
-    def let_device_attend(self, share: float) -> None:
-        """Say what share of the rotating rows' tokens the device is to attend to itself."""
-        if self._rotation is not None and self._rotation.direct is not None:
-            self._rotation.direct.share = share
 
     def _forget_leavers(self, plan: StepPlan) -> None:
         """Wait for the CPU if it may be writing to blocks of requests that no longer rotate.

@@ -129,8 +129,9 @@ class StepPrediction:
     copying of `cprf` rows' K and V, `launch_s` the host's launching and `arriving_s` the moving of
     requests that come to the device, which all run beside the layers; `swap_s` is what moves before
     them; `fixed_s` is what a step costs beside its layers; `rotates` says that the CPU attends to
-    rotating rows, `most_rows` how many a layer computes at once. `tokens_per_s` is what the
-    scheduler compares: decode tokens, with prefill tokens counted at what they cost (see
+    rotating rows, `most_rows` how many a layer computes at once, `direct_share` how much of the
+    rotating rows' tokens the device attends to itself. `tokens_per_s` is what the scheduler
+    compares: decode tokens, with prefill tokens counted at what they cost (see
     `engine.scheduling.step_former`).
     """
 
@@ -149,6 +150,7 @@ class StepPrediction:
     arriving_s: float = 0.0
     rotates: bool = False
     most_rows: int = 0
+    direct_share: float = 0.0
 
     @property
     def moves_kv(self) -> bool:
@@ -187,6 +189,8 @@ class StepPlan:
     """Whether those that are swapped in take no part, so that they move while the step computes."""
     preempted: list[Request] = field(default_factory=list)
     """Who lost its blocks. If that left nobody running, it may start again in this very step."""
+    direct_share: float = 0.0
+    """Of the tokens that rotating rows attend to, what the device does itself."""
     prediction: StepPrediction | None = None
     gpu_only_prediction: StepPrediction | None = None
     """What the best step without host-resident rows would have been; None where there is none."""

@@ -110,8 +110,7 @@ class StepBench:
         Returns:
             Milliseconds of the parts.
         """
-        self._runner.let_device_attend(direct_share)
-        with self.rotation(device_rows, host_rows, host_len) as run:
+        with self.rotation(device_rows, host_rows, host_len, direct_share) as run:
             results = [run() for _ in range(REPEATS)]
             kernels = kernel_ms(run)
         loads = {
@@ -134,7 +133,7 @@ class StepBench:
 
     @contextmanager
     def rotation(
-        self, device_rows: int, host_rows: int, host_len: int
+        self, device_rows: int, host_rows: int, host_len: int, direct_share: float = 0.0
     ) -> Iterator[Callable[[], StepResult]]:
         """Provide what runs a step of a rotation that is full, beside device-resident decodes."""
         gdec = self.rows(device_rows, on_host=False, context_len=self._context_len)
@@ -149,7 +148,8 @@ class StepBench:
                 if layer is not None or number % (num_layers + 1) == index % (num_layers + 1):
                     rotating.append(RotatingRow(share, layer, samples=layer == num_layers - 1))
             batch = SubBatch(gdec=gdec, rotating=rotating)
-            result = self._runner.execute(StepPlan(StepMode.OVERLAP, [batch]))
+            plan = StepPlan(StepMode.OVERLAP, [batch], direct_share=direct_share)
+            result = self._runner.execute(plan)
             for row in rotating:
                 row.share.request.rotation_layer = None if row.samples else row.next_layer
             return result
@@ -229,7 +229,6 @@ def run(model: str, device_kv_blocks: int, host_kv_gb: float, context_len: int) 
         for host_rows in ROTATING_ROWS
         for share in DIRECT_SHARES
     ]
-    runner.let_device_attend(0.0)
     beside = []
     copies = CopiesBeside(runner.model_config, config.block_size, runner.dtype, runner.device)
     with bench.decodes(device_rows) as run_step:

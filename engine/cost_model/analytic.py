@@ -124,7 +124,7 @@ class AnalyticCostModel:
     def __init__(self, hardware: HardwareSpec, model: ModelSpec) -> None:
         self.hardware = hardware
         self.model = model
-        self.direct_share = 0.0
+        self.most_direct_share = 0.0
         self._weights_s = (
             model.layer_parameters
             * model.element_bytes

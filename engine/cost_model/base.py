@@ -19,8 +19,8 @@ class CostModel(Protocol):
         """Layers of the model."""
 
     @property
-    def direct_share(self) -> float:
-        """Of the tokens that rotating rows attend to, those that the device does, over PCIe."""
+    def most_direct_share(self) -> float:
+        """Most of the tokens that rotating rows attend to that the device may do, over PCIe."""
 
     def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
         """Return the time of one layer's work on rows: projections, MLP, norms, rotary, stores.

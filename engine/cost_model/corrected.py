@@ -77,9 +77,9 @@ class CorrectedCostModel:
         return self.inner.num_layers
 
     @property
-    def direct_share(self) -> float:
+    def most_direct_share(self) -> float:
         """As of the other model."""
-        return self.inner.direct_share
+        return self.inner.most_direct_share
 
     def linear_s(self, num_rows: int, *, rotating: bool = False) -> float:
         """Return the corrected time."""

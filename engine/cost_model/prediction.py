@@ -153,20 +153,34 @@ def rotation_steps(model: CostModel) -> int:
     return model.num_layers + 1
 
 
-def rotating_attention_s(model: CostModel, num_rows: int, total_tokens: int) -> tuple[float, float]:
+def rotating_attention_s(
+    model: CostModel, num_rows: int, total_tokens: int, direct_share: float
+) -> tuple[float, float]:
     """Return the times of the rotating rows' attention in a step.
 
     Args:
         model: Times of the parts.
         num_rows: Rows that rotate.
         total_tokens: Tokens that they attend to.
+        direct_share: Share of them that is the device's.
 
     Returns:
-        The CPU's, and the device's for its share, which it reads over PCIe meanwhile.
+        The CPU's, and the device's, which reads over PCIe meanwhile.
     """
-    direct_tokens = round(model.direct_share * total_tokens)
+    direct_tokens = round(direct_share * total_tokens)
     cpu_s = model.cpu_attention_s(num_rows, total_tokens - direct_tokens, rotating=True)
     return cpu_s, _direct_s(model, direct_tokens)
+
+
+def _direct_share(model: CostModel, num_rows: int, total_tokens: int, device_s: float) -> float:
+    """Return the share of rotating rows' tokens that the CPU cannot hide behind the device's work.
+
+    The device reads no more than that itself: it slows down what runs beside.
+    """
+    if not model.most_direct_share or not num_rows:
+        return 0.0
+    cpu_s = model.cpu_attention_s(num_rows, total_tokens, rotating=True)
+    return min(model.most_direct_share, max(0.0, 1 - device_s / cpu_s)) if cpu_s > 0 else 0.0
 
 
 def balanced_direct_share(model: CostModel) -> float:
@@ -253,11 +267,6 @@ def predict(
     gdec = [model.gpu_attention_s(load.num_gdec, load.gdec_tokens) for load in loads]
     cdec = [model.cpu_attention_s(load.num_cdec, load.cdec_tokens) for load in loads]
     handovers = [_handover_s(model, load, is_graph=is_graph) for load in loads]
-    rotating_s, direct_s = rotating_attention_s(
-        model,
-        sum(load.num_rotating for load in loads),
-        sum(load.rotating_tokens for load in loads),
-    )
     stages = [
         StageTimes(
             # Rotating rows are copied to and fro, but waited for in the next step only.
@@ -281,14 +290,18 @@ def predict(
     swap_s = model.swap_s(swap_tokens)
     exposed_swap_s = swap_s if is_graph else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
     arriving_s = model.swap_s(arriving_tokens)
-    layers_s += prefix_s + _ARRIVING_SHARE * arriving_s + _DIRECT_STEP_SHARE * direct_s
+    layers_s += prefix_s + _ARRIVING_SHARE * arriving_s
     if any(load.num_rotating for load in loads):
         layers_s += _PROMPT_COPY_SHARE * copies_s
-    device_s = max(layers_s, copies_s, launch_s, arriving_s, swap_s, direct_s)
-    device_s += min(swap_s, exposed_swap_s)
+    device_s = max(layers_s, copies_s, launch_s, arriving_s, swap_s) + min(swap_s, exposed_swap_s)
     device_s += model.fixed_step_s(num_sampled)
+    num_rotating = sum(load.num_rotating for load in loads)
+    rotating_tokens = sum(load.rotating_tokens for load in loads)
+    direct_share = _direct_share(model, num_rotating, rotating_tokens, device_s)
+    rotating_s, direct_s = rotating_attention_s(model, num_rotating, rotating_tokens, direct_share)
+    device_s = max(device_s + _DIRECT_STEP_SHARE * direct_s, direct_s)
     step_s = max(device_s, rotating_s)
-    rotated = sum(load.num_rotating for load in loads) / rotation_steps(model)
+    rotated = num_rotating / rotation_steps(model)
     value = num_decodes + rotated + prefill_weight * sum(load.num_prefill_tokens for load in loads)
     n = model.num_layers
     return StepPrediction(
@@ -305,6 +318,7 @@ def predict(
         launch_s=launch_s,
         fixed_s=model.fixed_step_s(num_sampled),
         arriving_s=arriving_s,
-        rotates=any(load.num_rotating for load in loads),
+        rotates=num_rotating > 0,
+        direct_share=direct_share,
         most_rows=max((load.num_rows + _visitors(model, load) for load in loads), default=0),
     )

@@ -135,7 +135,7 @@ class TableCostModel:
             raise ConfigError(f"a cost model's num_layers must be at least 1, got {num_layers}")
         self.key = key
         self.tables = tables
-        self.direct_share = 0.0
+        self.most_direct_share = 0.0
         self._num_layers = num_layers
 
     @property

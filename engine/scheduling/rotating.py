@@ -68,7 +68,8 @@ def _num_hidden(model: CostModel, base: SubBatch, prefix: Sequence[int]) -> int:
     device_s = predict(model, [load]).step_s
 
     def is_hidden(num_rows: int) -> bool:
-        return max(rotating_attention_s(model, num_rows, prefix[num_rows])) <= device_s
+        times = rotating_attention_s(model, num_rows, prefix[num_rows], model.most_direct_share)
+        return max(times) <= device_s
 
     return largest(len(prefix) - 1, is_hidden)
 

@@ -309,6 +309,7 @@ class Scheduler:
         plan.reason, plan.forced = choice.reason, choice.forced
         if not draft.is_empty:
             plan.prediction = draft.prediction
+            plan.direct_share = draft.prediction.direct_share
         if choice.gpu_only is not None:
             plan.gpu_only_prediction = choice.gpu_only.prediction
         advanced = {item.request for item in plan.scheduled}

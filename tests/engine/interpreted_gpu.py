@@ -27,7 +27,7 @@ from engine.llm import LLM
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from tests.engine.cost_tables import make_cost_model
-from tests.engine.played_gpu import use_static_buffers
+from tests.engine.played_gpu import let_device_attend, use_static_buffers
 
 LENGTHS = (5, 18, 1, 9, 2, 3)
 PROMPTS = [[(7 * i + j) % 190 + 2 for j in range(length)] for i, length in enumerate(LENGTHS)]
@@ -132,6 +132,7 @@ def main() -> None:
     for name, (is_static, options) in CASES.items():
         start = time.perf_counter()
         with cuda_backend_on_cpu(captures=is_static), pytest.MonkeyPatch.context() as patch:
+            let_device_attend(patch)
             if is_static:
                 use_static_buffers(patch)
             result = {"case": name, "expected": expected} | serve(folder, options)

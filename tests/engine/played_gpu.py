@@ -11,6 +11,7 @@ from engine.backends.doorbells import HostDoorbells
 from engine.backends.handover import DeviceHandover
 from engine.backends.host_attention import HostAttention
 from engine.backends.side_stream import SideStream
+from engine.cost_model import CostModel
 from engine.runner import ModelRunner
 from engine.step_graphs import StepGraphs
 
@@ -100,6 +101,15 @@ class LateSideStream(SideStream):
 def let_side_work_come_late(patch: pytest.MonkeyPatch) -> None:
     """Let the device's own attention to rotating rows be done as late as a GPU may do it."""
     patch.setattr("engine.backends.rotating_attention.SideStream", LateSideStream)
+
+
+def let_device_attend(patch: pytest.MonkeyPatch, share: float = 0.5) -> None:
+    """Let the device attend to a share of rotating rows, even if the CPU could hide them all."""
+
+    def share_of(model: CostModel, *load: float) -> float:
+        return share if model.most_direct_share else 0.0
+
+    patch.setattr("engine.cost_model.prediction._direct_share", share_of)
 
 
 def ring_nobody(patch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,7 @@ from engine.llm import LLM
 from engine.llm_engine import LLMEngine
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler_config import MODES
+from tests.engine.played_gpu import let_device_attend
 from tests.engine.tiny_models import make_tiny_model
 
 NUM_LAYERS = 7
@@ -114,7 +116,11 @@ def soak(
     found = Soak(mode)
     host = {} if mode == "gpu-only" else {"host_kv_gb": 0.02}
     options = {**SOAKED[mode], "async_scheduling": True, **SMALL_POOLS, **host}
-    with LLM(str(folder), device=device, **OPTIONS, **options) as llm:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        LLM(str(folder), device=device, **OPTIONS, **options) as llm,
+    ):
+        let_device_attend(patch)
         driver = _Driver(llm.engine, prompts, expected, found, seed)
         start = time.monotonic()
         for pause in range(1, PAUSES + 1):

@@ -64,13 +64,13 @@ def h200(model: str, *, pcie_attention: bool) -> CostModel:
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b"])
 def test_cpu_and_device_are_done_at_the_same_time(name: str) -> None:
     plain, shared = (h200(name, pcie_attention=wanted) for wanted in (False, True))
-    assert plain.direct_share == 0
-    assert 0.1 < shared.direct_share < 0.5
-    alone_s, nothing_s = rotating_attention_s(plain, 80, 32_000)
-    cpu_s, direct_s = rotating_attention_s(shared, 80, 32_000)
+    assert plain.most_direct_share == 0
+    assert 0.1 < shared.most_direct_share < 0.5
+    alone_s, nothing_s = rotating_attention_s(plain, 80, 32_000, 0.0)
+    cpu_s, direct_s = rotating_attention_s(shared, 80, 32_000, shared.most_direct_share)
     assert nothing_s == 0
     assert cpu_s == pytest.approx(direct_s, rel=0.01)
-    assert cpu_s == pytest.approx((1 - shared.direct_share) * alone_s, rel=0.01)
+    assert cpu_s == pytest.approx((1 - shared.most_direct_share) * alone_s, rel=0.01)
 
 
 def test_a_step_takes_as_long_as_whoever_takes_longest() -> None:
@@ -78,14 +78,30 @@ def test_a_step_takes_as_long_as_whoever_takes_longest() -> None:
     load = SubBatchLoad(num_gdec=4, gdec_tokens=100, num_rotating=8, rotating_tokens=1000)
     without = predict(model, [load])
     assert without.step_s == pytest.approx(1000 * 1e-5)
-    model.direct_share = 0.25
+    model.most_direct_share = 0.25
     shared = predict(model, [load])
+    assert shared.direct_share == 0.25
     assert shared.step_s == pytest.approx(750 * 1e-5)
     assert shared.cpu_attention_s == pytest.approx((750 * 1e-5,))
-    model.direct_share = 0.9
-    _, direct_s = rotating_attention_s(model, 8, 1000)
-    assert predict(model, [load]).step_s >= direct_s > 750 * 1e-5
-    assert predict(model, [replace(load, num_rotating=0, rotating_tokens=0)]).step_s < 1e-3
+    model.most_direct_share = 0.9
+    eager = predict(model, [load])
+    cpu_s, direct_s = rotating_attention_s(model, 8, 1000, eager.direct_share)
+    assert eager.step_s == direct_s > cpu_s
+
+
+def test_the_device_attends_to_no_more_than_the_cpu_cannot_hide() -> None:
+    model = make_cost_model(cpu_token_s=1e-6, swap_token_s=1e-6)
+    model.most_direct_share = 0.4
+    load = SubBatchLoad(num_gdec=4, gdec_tokens=100, num_rotating=8, rotating_tokens=400)
+    device_s = predict(model, [replace(load, rotating_tokens=0)]).step_s
+    hidden = predict(model, [load])
+    assert hidden.direct_share == 0
+    assert hidden.step_s == device_s > 400 * 1e-6
+    longer = predict(model, [replace(load, rotating_tokens=600)])
+    assert 0 < longer.direct_share < 0.4
+    assert (1 - longer.direct_share) * 600 * 1e-6 == pytest.approx(device_s)
+    assert device_s < longer.step_s < 1.1 * device_s
+    assert predict(model, [replace(load, rotating_tokens=5000)]).direct_share == 0.4
 
 
 def test_without_pcie_there_is_no_share() -> None:

@@ -16,6 +16,7 @@ from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
 from tests.engine.played_gpu import (
+    let_device_attend,
     let_side_work_come_late,
     ring_nobody,
     use_channels,
@@ -48,8 +49,17 @@ def test_segments_are_all_layers_once(num_layers: int) -> None:
 class RotatingPolicy(RandomPolicy):
     """Random steps, half of them overlap steps in which rows enter, go on or are dropped."""
 
-    def __init__(self, runner: ModelRunner, seed: int, *, drop_chance: float, swap_chance: float):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        seed: int,
+        *,
+        drop_chance: float,
+        swap_chance: float,
+        direct_share: float = 0.0,
+    ):
         super().__init__(runner, seed, host_share=0.7, swap_chance=swap_chance)
+        self.direct_share = direct_share
         self.drop_chance = drop_chance
         self.dropped_at: set[int] = set()
 
@@ -74,7 +84,8 @@ class RotatingPolicy(RandomPolicy):
         for request in self.requests:
             if request.rotation_layer is not None or request in entering:
                 batch.rotating.append(self.row(request))
-        return StepPlan(StepMode.OVERLAP, [batch], plan.swaps_out, plan.swaps_in)
+        swaps = (plan.swaps_out, plan.swaps_in)
+        return StepPlan(StepMode.OVERLAP, [batch], *swaps, direct_share=self.direct_share)
 
     def row(self, request: Request) -> RotatingRow:
         layer = request.rotation_layer
@@ -102,13 +113,14 @@ class RotatingPolicy(RandomPolicy):
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_any_rotation_gives_the_same_tokens(deep_folder: Path, device: str, share: float) -> None:
     runner = make_runner(deep_folder, device, mode="overlap", pcie_attention=share > 0)
-    runner.let_device_attend(share)
     try:
         expected = RandomPolicy(runner, 0, host_share=0.0, swap_chance=0.0).run()
         assert all(len(tokens) == NUM_OUTPUT for tokens in expected)
         dropped_at: set[int] = set()
         for seed in range(8):
-            policy = RotatingPolicy(runner, seed, drop_chance=0.1, swap_chance=0.03)
+            policy = RotatingPolicy(
+                runner, seed, drop_chance=0.1, swap_chance=0.03, direct_share=share
+            )
             assert policy.run() == expected
             dropped_at |= policy.dropped_at
         assert dropped_at == set(range(NUM_LAYERS))
@@ -127,11 +139,12 @@ def test_static_buffers_change_nothing(
         use_channels(monkeypatch)
         let_side_work_come_late(monkeypatch)
     runner = make_runner(deep_folder, "cpu", mode="overlap", pcie_attention=share > 0)
-    runner.let_device_attend(share)
     try:
         expected = RandomPolicy(runner, 0, host_share=0.0, swap_chance=0.0).run()
         for seed in range(4):
-            policy = RotatingPolicy(runner, seed, drop_chance=0.1, swap_chance=0.03)
+            policy = RotatingPolicy(
+                runner, seed, drop_chance=0.1, swap_chance=0.03, direct_share=share
+            )
             assert policy.run() == expected
     finally:
         runner.close()
@@ -179,7 +192,10 @@ def expected(expected_on) -> list[list[int]]:
     ],
     ids=["plain", "ahead", "tiny", "tiny-ahead", "chunks", "preempted", "pcie", "pcie-ahead"],
 )
-def test_the_engine_gives_the_same_tokens(deep_folder, expected_on, device: str, options) -> None:
+def test_the_engine_gives_the_same_tokens(
+    deep_folder, expected_on, device: str, options, monkeypatch
+) -> None:
+    let_device_attend(monkeypatch)
     expected = expected_on(device)
     with make_llm(deep_folder, device, **options) as llm:
         assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected
@@ -197,6 +213,7 @@ def test_channels_change_nothing(deep_folder, expected, monkeypatch) -> None:
     """A GPU copies a segment's rows at once, through pinned memory; so does a CPU here."""
     use_channels(monkeypatch)
     let_side_work_come_late(monkeypatch)
+    let_device_attend(monkeypatch)
     tiny = {"device_kv_blocks": 2, "async_scheduling": True}
     for options in ({}, tiny, {"pcie_attention": True}, {"pcie_attention": True, **tiny}):
         with make_llm(deep_folder, "cpu", **options) as llm:

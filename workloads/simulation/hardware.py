@@ -74,7 +74,7 @@ class Hardware:
             assert self.spec is not None
             found = AnalyticCostModel(self.spec, model)
         if pcie_attention:
-            found.direct_share = balanced_direct_share(found)
+            found.most_direct_share = balanced_direct_share(found)
         return found
 
 
