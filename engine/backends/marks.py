@@ -28,6 +28,8 @@ class StreamMark:
         self._event.record(torch.cuda.current_stream(device))
 
     def seconds_since(self, earlier: "StreamMark") -> float:
-        """Return the time between two points that have been passed."""
+        """Return the time between two points, the later of which is about to be passed."""
+        # The tokens before it may have come to the host already, and it not be passed yet.
+        self._event.synchronize()
         milliseconds: float = earlier._event.elapsed_time(self._event)
         return milliseconds / 1000
