@@ -23,8 +23,8 @@ from gpu_kernels.checks import (
 )
 from gpu_kernels.tiles import next_power_of_2
 
-NUM_PROGRAMS = 32
-NUM_STAGES = 4
+NUM_PROGRAMS = 8
+NUM_STAGES = 8
 ENTRY_FIELDS = 4
 
 
