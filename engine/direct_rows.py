@@ -61,7 +61,7 @@ class DirectChoice:
         """
         self._owed += self.share * num_tokens
         blocks = num_blocks_of(num_tokens, self._block_size)
-        if self._owed < num_tokens / 2 or not self.share or blocks > self._room:
+        if self._owed < num_tokens / 2 or blocks > self._room:
             # What did not fit once is not made up for later.
             self._owed = min(self._owed, float(num_tokens))
             return False

@@ -195,6 +195,10 @@ class Rotation:
     ) -> list[DirectRow]:
         """Decide which rows of a segment the device attends to, and return them."""
         assert self.direct is not None
+        if not self.direct.share:
+            for place in places:
+                place.is_direct = False
+            return []
         self.direct.begin_segment()
         first = self._num_answers * (2 if self._is_odd else 1)
         chosen: list[DirectRow] = []

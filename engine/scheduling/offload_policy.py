@@ -12,16 +12,20 @@ full, so steps that take whatever is best at the moment end up with the worst of
 A rotation that no longer pays is not given up at once: prompts that are on the host already are
 paid for, and the gain was less because of prompts. It only gets no more of them, as long as its
 decodes alone are worth their hand-over.
+
+A look at the load computes some thirty rates, which takes longer than a step of a fast GPU may be
+planned for. So it goes on for several steps, unless the load is new.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
 from engine.request import Placement, Request
 from engine.scheduling.scheduler_config import FORCED_MODES, SchedulerConfig
-from engine.scheduling.steady_state import MeanLoad, SteadyState, highest
+from engine.scheduling.steady_state import MeanLoad, SteadyState, highest, result_of
 
 _NUM_SAMPLED_WAITING = 64
 _MOST_REUSED = 8
@@ -36,6 +40,7 @@ _FILLING_LOSS = 5.0
 """What a queue loses of a rotation's gain, in what it does in the steps that fill one: it drains
 again, too, and requests are moved. 1 to 5 in simulated queues of 100 to 400 requests, up to 6 where
 the gain is many times as much."""
+_RATES_A_STEP = 2
 _MEMORY = 0.05
 """Weight of the newest finished request in the mean output length."""
 
@@ -76,6 +81,7 @@ class OffloadPolicy:
         self._countdown = 0
         self._last_load: MeanLoad | None = None
         self._num_reused = 0
+        self._look: Generator[None, None, OffloadTarget] | None = None
         self.offloads = config.mode in FORCED_MODES
         most = config.max_num_seqs if self.offloads else 0
         self.target = OffloadTarget(most, 1.0, rotates=config.mode == "overlap")
@@ -96,7 +102,11 @@ class OffloadPolicy:
         if self._config.mode != "auto" or self._host_tokens == 0:
             return
         self._countdown -= 1
-        if self._countdown >= 0 and not self._has_grown(len(running) + len(waiting)):
+        has_grown = self._has_grown(len(running) + len(waiting))
+        if self._look is not None and not has_grown:
+            self._go_on(running, _RATES_A_STEP)
+            return
+        if self._countdown >= 0 and not has_grown:
             return
         self._countdown = self._config.policy_interval_steps - 1
         if not running and not waiting:
@@ -105,10 +115,28 @@ class OffloadPolicy:
         self._num_reused += 1
         if self._num_reused < _MOST_REUSED and self._last_load and load.is_like(self._last_load):
             return
+        before = self._last_load
         self._num_reused, self._last_load = 0, load
+        self._look = self._looks_for_target(load)
+        is_new = before is None or has_grown or 2 * load.num_requests < before.num_requests
+        self._go_on(running, math.inf if is_new else _RATES_A_STEP)
+
+    def _go_on(self, running: Sequence[Request], most_rates: float) -> None:
+        """Go on with a look at the load, and take what it finds."""
+        look, num_rates = self._look, 0
+        assert look is not None
+        try:
+            while num_rates < most_rates:
+                next(look)
+                num_rates += 1
+        except StopIteration as found:
+            self._look = None
+            self._take(found.value, running)
+
+    def _take(self, target: OffloadTarget, running: Sequence[Request]) -> None:
         rotates = self.offloads and self.target.rotates
         fills = self.offloads and self.target.num_host > 0
-        self.target = self.best_target(load)
+        self.target = target
         margin = max(self._config.min_offload_gain - 1, self.target.loss)
         self.offloads = self.target.gain >= 1 + (margin / 2 if fills else margin)
         if rotates and not self.offloads:
@@ -132,6 +160,10 @@ class OffloadPolicy:
 
     def best_target(self, load: MeanLoad) -> OffloadTarget:
         """Return the number of host-resident requests with the highest steady-state throughput."""
+        return result_of(self._looks_for_target(load))
+
+    def _looks_for_target(self, load: MeanLoad) -> Generator[None, None, OffloadTarget]:
+        """Do the same, rate by rate."""
         resident = load.resident_tokens
         demand = min(load.num_requests, self._config.max_num_seqs)
         num_device = min(demand, self._device_tokens // resident)
@@ -139,8 +171,10 @@ class OffloadPolicy:
         if most < 1:
             return OffloadTarget(0, 1.0)
         baseline = self._steady.rate(load, num_device, 0)
-        in_one_go = highest(lambda n: self._steady.rate(load, num_device, n), most)
-        rotating = highest(lambda n: self._steady.rotating_rate(load, num_device, n), most)
+        in_one_go = yield from highest(lambda n: self._steady.rate(load, num_device, n), most)
+        rotating = yield from highest(
+            lambda n: self._steady.rotating_rate(load, num_device, n), most
+        )
         rotates = self._prefers_rotating(in_one_go[0], rotating[0])
         rate, num_host = rotating if rotates else in_one_go
         loss = self._loss(load, num_device, num_host, rotates)

@@ -31,13 +31,17 @@ class RotationDraft:
     full_tokens: int
 
 
-def form_rotation(model: CostModel, view: StepView, base: SubBatch) -> RotationDraft:
+def form_rotation(
+    model: CostModel, view: StepView, base: SubBatch, shares: dict[Request, ScheduledRequest]
+) -> RotationDraft:
     """Choose a step's rotating rows: all that rotate go on, and some that do not may enter.
 
     Args:
         model: Times of the parts.
         view: What there is.
         base: The step's other rows.
+        shares: Those of rows that were formed last, which stay the same while a token goes round;
+            replaced by these rows'.
     """
     going_on = [request for request in view.cdec if request.rotation_layer is not None]
     ready = [request for request in view.cdec if request.rotation_layer is None]
@@ -48,7 +52,10 @@ def form_rotation(model: CostModel, view: StepView, base: SubBatch) -> RotationD
     num_entering = min(room, most_at_once, len(ready))
     if ready and not num_entering and (view.is_due or not going_on):
         num_entering = 1
-    rows = [_row(model, request) for request in going_on + ready[:num_entering]]
+    last_layer = model.num_layers - 1
+    rows = [_row(r, last_layer, shares.get(r)) for r in going_on + ready[:num_entering]]
+    shares.clear()
+    shares.update((row.share.request, row.share) for row in rows)
     num_full = max(num_full, len(rows))
     return RotationDraft(rows, num_full, prefix[num_full])
 
@@ -74,7 +81,7 @@ def _num_hidden(model: CostModel, base: SubBatch, prefix: Sequence[int]) -> int:
     return largest(len(prefix) - 1, is_hidden)
 
 
-def _row(model: CostModel, request: Request) -> RotatingRow:
-    share = ScheduledRequest(request, request.num_computed_tokens, 1)
-    is_last = request.rotation_layer == model.num_layers - 1
-    return RotatingRow(share, request.rotation_layer, samples=is_last)
+def _row(request: Request, last_layer: int, share: ScheduledRequest | None) -> RotatingRow:
+    if share is None or share.start != request.num_computed_tokens:
+        share = ScheduledRequest(request, request.num_computed_tokens, 1)
+    return RotatingRow(share, request.rotation_layer, request.rotation_layer == last_layer)

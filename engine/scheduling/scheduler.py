@@ -169,9 +169,16 @@ class Scheduler:
         return [r for r in self._resident(placement) if not r.awaits_last_token][-1]
 
     def _growing(self, placement: Placement) -> list[Request]:
-        """Return the decodes whose next token needs another block."""
+        """Return the decodes whose next token needs another block.
+
+        One that rotates has all its blocks since its token began.
+        """
         needs_blocks = self.residency.needs_blocks
-        return [r for r in self._resident(placement) if _decodes(r) and needs_blocks(r)]
+        return [
+            request
+            for request in self._resident(placement)
+            if request.rotation_layer is None and _decodes(request) and needs_blocks(request)
+        ]
 
     def _reserve_host_decodes(self, plan: StepPlan) -> None:
         """Reserve every host-resident row's next block; the last come give way to the first."""
@@ -215,14 +222,16 @@ class Scheduler:
         others come in order of arrival, and the first holds back the rest. Those that are parked
         come as soon as they might start there, so that nobody who came later starts before them.
         """
+        rotates = self.policy.offloads and self.policy.target.rotates
         in_order = []
         for request in self._resident(Placement.HOST):
             if self._waiting and request.sequence > self._waiting[0].sequence:
                 break
+            if rotates and request.rotation_layer is not None:
+                continue
             if not request.awaits_last_token and self._rules.fits_device(request):
                 in_order.append(request)
         between = [request for request in in_order if request.rotation_layer is None]
-        rotates = self.policy.offloads and self.policy.target.rotates
         candidates = between if rotates else (between or in_order)[:1]
         looks = self.config.admission_lookahead and not self.policy.offloads
         outlook = self._outlooks(()) if looks else None
@@ -237,10 +246,11 @@ class Scheduler:
     def _view(self, plan: StepPlan) -> StepView:
         device, host = self.residency.device, self.residency.host
         on_device, on_host = self._resident(Placement.DEVICE), self._resident(Placement.HOST)
+        patience = {request: self._rules.patience(request) for request in on_host}
         cdec = [
             request
             for request in on_host
-            if _decodes(request)
+            if (request.rotation_layer is not None or _decodes(request))
             and self._rules.may_decode_on_host(request, len(on_device), len(self._waiting))
         ]
         headroom = self.config.headroom_blocks
@@ -252,9 +262,11 @@ class Scheduler:
         arriving = {swap.request for swap in plan.swaps_in} if plan.moves_beside else set()
         return StepView(
             gdec=[r for r in on_device if _decodes(r) and r not in arriving],
-            cdec=sorted(cdec, key=lambda r: (self._rules.patience(r), r.sequence)),
+            cdec=sorted(cdec, key=lambda r: (patience[r], r.sequence)),
             prefilling=[
-                r for r in self._running if r.num_uncomputed_tokens > 1 and r not in arriving
+                r
+                for r in self._running
+                if r.rotation_layer is None and r.num_uncomputed_tokens > 1 and r not in arriving
             ],
             waiting=self._waiting,
             num_running=len(self._running),
@@ -269,7 +281,7 @@ class Scheduler:
             uses_host=host is not None and bool(on_host or target or needs_host),
             rotates=self.policy.target.rotates if self.policy.offloads else None,
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
-            is_due=any(self._rules.patience(request) <= 0 for request in on_host),
+            is_due=min(patience.values(), default=1) <= 0,
             outlook=self._outlooks(parked) if self.config.admission_lookahead else None,
         )
 

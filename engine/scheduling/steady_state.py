@@ -5,13 +5,16 @@ prompt. With and without host-resident requests beside them, the work is the sam
 rates compare fairly. Which of them the engine aims at is the policy's business.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
 from engine.scheduling.dealing import dealt_loads, hidden_windows, one_load, prefix_sums
 from engine.scheduling.scheduler_config import SchedulerConfig
 
+_Result = TypeVar("_Result")
 _LIKE = 1 / 16
 """Loads that differ by less are treated alike: looking closer takes milliseconds."""
 _CLOSER = (1 / 3, 1 / 6, 1 / 12, 1 / 24)
@@ -149,15 +152,36 @@ class SteadyState:
         return share * time(with_prompts) + (1 - share) * plain_s
 
 
-def highest(rate: Callable[[int], float], most: int) -> tuple[float, int]:
-    """Return the highest rate of 1 to `most` requests, and where it is, to within a 24th.
+def highest(rate: Callable[[int], float], most: int) -> Generator[None, None, tuple[float, int]]:
+    """Find the highest rate of 1 to `most` requests, and where it is, to within a 24th.
 
     Of several summits it may be the second highest.
+
+    Yields:
+        Nothing, after each rate: they take a while to compute.
+
+    Returns:
+        Rate and number.
     """
     steps = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
-    best = max((rate(number), number) for number in steps)
+    best = (-math.inf, 0)
+    for number in steps:
+        best = max(best, (rate(number), number))
+        yield
     for part in _CLOSER:
-        apart = max(1, round(best[1] * part))
-        around = {best[1] - apart, min(most, best[1] + apart)} - {0, best[1]}
-        best = max([best, *((rate(number), number) for number in around)])
+        middle = best[1]
+        apart = max(1, round(middle * part))
+        for number in {middle - apart, min(most, middle + apart)} - {0, middle}:
+            best = max(best, (rate(number), number))
+            yield
     return best
+
+
+def result_of(search: Generator[None, None, _Result]) -> _Result:
+    """Run a search to its end and return what it finds."""
+    while True:
+        try:
+            next(search)
+        except StopIteration as found:
+            result: _Result = found.value
+            return result

@@ -50,6 +50,7 @@ class StepFormer:
         self._config = config
         self._model = model
         self._max_rows = whole_tiles(config.max_num_batched_tokens)
+        self._rotating_shares: dict[Request, ScheduledRequest] = {}
 
     def form(self, view: StepView) -> Choice:
         """Return the step to run; its draft is empty if there is nothing to do."""
@@ -113,7 +114,7 @@ class StepFormer:
     def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:
         base, admitted = self._prompts(view, budget, with_host=True)
         base.gdec.extend(_decodes(view.gdec))
-        rotation = form_rotation(self._model, view, base)
+        rotation = form_rotation(self._model, view, base, self._rotating_shares)
         base.rotating.extend(rotation.rows)
         load = load_of(self._model, base)
         draft = self._draft(view, [base], admitted, [load], weight)

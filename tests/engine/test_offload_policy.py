@@ -6,7 +6,7 @@ from engine.cost_model import AnalyticCostModel
 from engine.request import Placement
 from engine.scheduling.offload_policy import OffloadPolicy
 from engine.scheduling.scheduler_config import SchedulerConfig
-from engine.scheduling.steady_state import MeanLoad, SteadyState, highest
+from engine.scheduling.steady_state import MeanLoad, SteadyState, highest, result_of
 from tests.engine.step_simulation import LLAMA2_7B, LLAMA3_8B, T4, a10g, make_request
 from tests.engine.test_scheduler_gains import AT_ONCE
 
@@ -38,15 +38,15 @@ def test_the_number_on_the_host_is_nearly_the_best_there_is(hardware, model, num
     load = MeanLoad(400, 1000, num_output)
     for rate_of, least in ((steady.rate, 0.97), (steady.rotating_rate, 0.99)):
         rates = [rate_of(load, 10, number) for number in range(1, 301)]
-        rate, number = highest(lambda n, rates=rates: rates[n - 1], len(rates))
+        rate, number = result_of(highest(lambda n, rates=rates: rates[n - 1], len(rates)))
         assert rate == rates[number - 1]
         assert rate >= least * max(rates)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 100])
 def test_the_number_on_the_host_is_found_at_both_ends(most) -> None:
-    assert highest(lambda number: number, most) == (most, most)
-    assert highest(lambda number: -number, most) == (-1, 1)
+    assert result_of(highest(lambda number: number, most)) == (most, most)
+    assert result_of(highest(lambda number: -number, most)) == (-1, 1)
 
 
 def test_prompts_in_many_chunks_gain_less_because_each_fetches_what_was_before_it() -> None:
@@ -85,3 +85,28 @@ def test_a_rotation_of_few_is_given_up(num_host) -> None:
     assert policy.offloads
     policy.update(running + requests(num_host, Placement.HOST), [])
     assert not policy.offloads
+
+
+def test_a_look_at_a_load_that_goes_on_takes_several_steps(monkeypatch) -> None:
+    policy, rates = make_policy(), []
+    for name in ("rate", "rotating_rate"):
+        compute = getattr(SteadyState, name)
+
+        def counted(*args, compute=compute) -> float:
+            rates.append(args)
+            return compute(*args)
+
+        monkeypatch.setattr(SteadyState, name, counted)
+    running = requests(24, Placement.DEVICE)
+    policy.update(running, requests(400, None))
+    assert len(rates) > 20, "a new load is looked at in one go"
+    found = policy.best_target(policy._last_load)
+    assert policy.target == found
+    counts = []
+    for _ in range(100):
+        rates.clear()
+        policy.update(running, requests(300, None))
+        counts.append(len(rates))
+    assert max(counts) <= 3, "two rates, and that of the device alone"
+    assert sum(counts) > 20
+    assert policy.target == policy.best_target(policy._last_load) != found
