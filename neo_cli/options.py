@@ -82,8 +82,7 @@ EnforceEager = Annotated[
 PcieAttention = Annotated[
     bool,
     option(
-        "Let the GPU compute part of the offloaded attention itself, reading host memory over PCIe "
-        "(not measured on a GPU yet).",
+        "Let the GPU compute part of the offloaded attention itself, from host memory over PCIe.",
         MODEL_PANEL,
     ),
 ]
