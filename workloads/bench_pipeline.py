@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from engine.step_in_flight import StepResult
 from engine.step_plan import RotatingRow, ScheduledRequest, StepMode, StepPlan, SubBatch
 from workloads.copies_beside import CopiesBeside
 from workloads.gpu_points import run_to_end
+from workloads.long_request import measure_long_request
 from workloads.model_shapes import model_shape_folder
 from workloads.result_file import write_result
 from workloads.synthetic import synthetic_workload
@@ -41,6 +43,8 @@ ROTATING_ROWS = (33, 66, 132)
 DIRECT_SHARES = (0.0, 0.15, 0.3)
 """Of the rotating rows' tokens, those that the GPU attends to itself."""
 REPEATS = 7
+LONG_REQUEST = 100_000
+NUM_LONG_OUTPUT = 32
 
 
 class StepBench:
@@ -298,6 +302,23 @@ def throughput(
     return rows
 
 
+def long_request(device_kv_blocks: int, host_kv_gb: float, num_tokens: int) -> list[dict[str, Any]]:
+    """Measure one request of Llama-3-8B that the device's pool cannot hold."""
+    engine = LLMEngine(
+        EngineConfig(
+            model=str(model_shape_folder("llama-3-8b")),
+            load_format="dummy",
+            max_model_len=num_tokens + 64,
+            device_kv_blocks=device_kv_blocks,
+            host_kv_gb=host_kv_gb,
+            scheduler=SchedulerConfig(max_num_batched_tokens=2048),
+        )
+    )
+    found = measure_long_request(engine, num_tokens, NUM_LONG_OUTPUT)
+    engine.close()
+    return [asdict(found) | {"attention_share": found.attention_share}]
+
+
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """Print dictionaries with the same keys as a table."""
     table = Table(title=title, title_justify="left")
@@ -328,11 +349,13 @@ def main() -> None:
             *throughput("llama-3-8b", blocks, host_gb, 100, (1000, 100)),
             *throughput("llama-2-7b", 54, host_gb, 100, (372, 45)),
         ]
+        results["long_request"] = long_request(blocks, host_gb, LONG_REQUEST)
     path = write_result(out, "bench-pipeline", results, options)
     print_rows("decode steps, median of 7", results["steps"])
     print_rows("the same with a copy over PCIe beside them", results["beside"])
     if not steps_only:
         print_rows("throughput", results["throughput"])
+        print_rows("one long request", results["long_request"])
     for name in (
         "start_up_s",
         "profile_s",

@@ -32,6 +32,7 @@ class DeviceHandover:
         self._limit_s = limit_s
         size = (num_channels, PARAMETERS)
         self._uploads = [buffers.allocate(size, torch.int32) for _ in range(_NUM_UPLOADS)]
+        self._filled = [upload.numpy() for upload in self._uploads]
         self._num_steps = 0
         self._parameters = torch.zeros(size, dtype=torch.int32, device=device)
         self._counters = torch.zeros(num_channels, 1, dtype=torch.int32, device=device)
@@ -42,13 +43,14 @@ class DeviceHandover:
 
     def begin_step(self, orders: Mapping[int, Order]) -> None:
         """Tell the channels what to do; see `Channels`."""
-        upload = self._uploads[self._num_steps % _NUM_UPLOADS]
+        number = self._num_steps % _NUM_UPLOADS
         self._num_steps += 1
-        upload.zero_()
+        parameters = self._filled[number]
+        parameters[:] = 0
         for channel, order in orders.items():
             ticket = (order.ticket + 2**31) % 2**32 - 2**31  # its bits, as a signed word
-            upload[channel] = torch.tensor([ticket, order.num_rows, order.slot], dtype=torch.int32)
-        self._parameters.copy_(upload, non_blocking=True)
+            parameters[channel] = ticket, order.num_rows, order.slot
+        self._parameters.copy_(self._uploads[number], non_blocking=True)
 
     def send(self, channel: int, offset: int, rows: torch.Tensor) -> None:
         """Hand rows over; see `Channels`."""
