@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from engine.backends import Backend, HostStepTimes
+from engine.backends import Backend, HostStepTimes, NormedRows
 from engine.batch import Batch
 from engine.batch_builder import BatchBuilder
 from engine.cost_model.table import StepTables, Table, num_visible_pairs
@@ -128,14 +128,14 @@ class Profiler:
     def _layers(self, num_rows: int) -> Callable[[], None]:
         """Return a run of all layers without attention."""
         config, weights = self._model.config, self._model.weights
-        hidden = weights.embedding[:1].expand(num_rows, -1).clone()
-        attended = hidden.new_zeros(num_rows, config.num_q_heads * config.head_dim)
+        residual = weights.embedding[:1].expand(num_rows, -1).clone()
+        attended = residual.new_zeros(num_rows, config.num_q_heads * config.head_dim)
 
         def run() -> None:
-            flow, residual = hidden, None
+            normed = NormedRows(residual)
             for layer in range(self._num_layers):
-                _, residual = self._model.before_attention(layer, flow, residual)
-                flow, residual = self._model.after_attention(layer, attended, residual)
+                self._model.before_attention(layer, normed)
+                normed = self._model.after_attention(layer, attended, residual)
 
         return run
 
@@ -244,7 +244,7 @@ class Profiler:
                 requests: Sequence[Request] = requests,
             ) -> None:
                 hidden = F.embedding(ids, self._model.weights.embedding)
-                launch_sampling(self._model.logits(hidden, hidden.clone(), rows), requests)
+                launch_sampling(self._model.logits(hidden[rows]), requests)
 
             points.append((num_rows, self._time(run)))
         return _rising(points)

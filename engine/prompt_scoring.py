@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import ScoredRows
-from engine.models import DecoderModel, FinalStates
+from engine.models import DecoderModel
 from engine.token_logprobs import TokenLogprobs
 
 MAX_PIECE_BYTES = 64 * 2**20
@@ -35,13 +35,13 @@ class PromptScores:
 
 @torch.inference_mode()
 def score_prompts(
-    model: DecoderModel, states: FinalStates, scored: Sequence[ScoredRows]
+    model: DecoderModel, states: torch.Tensor, scored: Sequence[ScoredRows]
 ) -> list[PromptScores]:
     """Score the prompt tokens that a sub-batch's rows predict.
 
     Args:
         model: Projects to the vocabulary.
-        states: What the sub-batch's rows came to.
+        states: What the sub-batch's rows came to, `[T, H]`.
         scored: Which rows, and which token comes next after each.
     """
     piece = max(1, MAX_PIECE_BYTES // (_FLOAT32_BYTES * model.config.vocab_size))
@@ -50,8 +50,7 @@ def score_prompts(
         logprobs: list[TokenLogprobs] = []
         for at in range(0, len(wanted.token_ids), piece):
             first_row, token_ids = wanted.first_row + at, wanted.token_ids[at : at + piece]
-            rows = torch.arange(first_row, first_row + len(token_ids), device=states.hidden.device)
-            logits = model.logits(states.hidden, states.residual, rows)
+            logits = model.logits(states[first_row : first_row + len(token_ids)])
             logprobs += _pick(logits.float().log_softmax(dim=-1), token_ids, wanted.num_top)
         found.append(PromptScores(wanted.request_id, wanted.start, logprobs))
     return found

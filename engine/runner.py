@@ -30,7 +30,7 @@ from engine.memory import (
     wanted_max_model_len,
 )
 from engine.model_config import ModelConfig
-from engine.models import DecoderModel, FinalStates, load_weights, make_dummy_weights
+from engine.models import DecoderModel, load_weights, make_dummy_weights
 from engine.models.weights import allocate_weights
 from engine.profiler import Profiler
 from engine.prompt_scoring import PromptScores, score_prompts
@@ -252,7 +252,7 @@ class ModelRunner:
         return self._backend.runs_behind
 
     def _prompt_scores(
-        self, states: Sequence[FinalStates], batches: Sequence[Batch]
+        self, states: Sequence[torch.Tensor], batches: Sequence[Batch]
     ) -> list[PromptScores]:
         return [
             score

@@ -313,12 +313,8 @@ class StepGraphs:
         self._backend.announce(batches)
         lanes = self._model.run_layers(batches)
         self._backend.join_copies()
-        hidden, residual = lanes[0].hidden, lanes[0].residual
-        if len(lanes) > 1:
-            hidden = torch.cat([lane.hidden for lane in lanes])
-            residual = torch.cat([lane.residual for lane in lanes])
-        rows = views.sampled if views.sampled.shape[0] else None
-        logits = self._model.logits(hidden, residual, rows)
+        states = lanes[0] if len(lanes) == 1 else torch.cat(lanes)
+        logits = self._model.logits(states[views.sampled] if len(views.sampled) else states)
         self._logits[: logits.shape[0]].copy_(logits)
         self._feedback.keep(logits.argmax(dim=-1))
 

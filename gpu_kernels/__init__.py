@@ -2,7 +2,12 @@
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
-from gpu_kernels.few_rows import skinny_gated_linear, skinny_linear
+from gpu_kernels.few_rows import (
+    OpenNorm,
+    skinny_gated_linear,
+    skinny_linear,
+    skinny_linear_add_norm,
+)
 from gpu_kernels.handover import receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
@@ -14,6 +19,7 @@ from gpu_kernels.rope_store import rope_store_kv
 from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
 
 __all__ = [
+    "OpenNorm",
     "add_rms_norm",
     "depart_rows",
     "host_pool_attention",
@@ -28,6 +34,7 @@ __all__ = [
     "silu_and_mul",
     "skinny_gated_linear",
     "skinny_linear",
+    "skinny_linear_add_norm",
     "store_kv",
     "swap_in_kv",
     "swap_out_kv",

@@ -5,11 +5,16 @@ are the narrow side. Long sums are cut into splits that run side by side; the la
 adds up the others' partial results in a fixed order, so that results repeat bit for bit and no
 second kernel is needed. The gate-and-up projection applies SiLU and the product before anything is
 written.
+
+An RMSNorm between two such layers needs no kernel either. The first adds its output to the residual
+stream, scales by the norm's weight, and leaves the sums of squares of what its column tiles added
+up; the second divides its results by the root of their mean, which is one number a row.
 """
 
 # Kernel bodies are Triton's language, not Python's.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -36,6 +41,27 @@ NUM_COUNTERS = _MIN_PROGRAMS
 """Sums are split only where there are fewer column tiles than this."""
 
 
+@triton.jit
+def load_squares(
+    ptr,
+    num_rows,
+    NUM_PARTS: tl.constexpr,
+    TILE_PARTS: tl.constexpr,
+    TILE_M: tl.constexpr,
+):
+    """Loads the sums of squares that `skinny_linear_add_norm` left, [TILE_PARTS, TILE_M]."""
+    offs_p = tl.arange(0, TILE_PARTS)
+    offs_m = tl.arange(0, TILE_M)
+    mask = (offs_p < NUM_PARTS)[:, None] & (offs_m < num_rows)[None, :]
+    return tl.load(ptr + offs_p[:, None] * num_rows + offs_m[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def norm_scale(squares, eps, NUM_ELEMENTS: tl.constexpr):
+    """Returns what the rows' RMSNorm multiplies them with, [TILE_M]."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 0) / NUM_ELEMENTS + eps))
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def skinny_linear_kernel(
     out_ptr,
@@ -44,9 +70,15 @@ def skinny_linear_kernel(
     bias_ptr,
     partial_ptr,
     counter_ptr,
+    squares_in_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    squares_out_ptr,
+    eps,
     num_rows,
     stride_out,
     stride_x,
+    stride_residual,
     N: tl.constexpr,
     K: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -54,13 +86,19 @@ def skinny_linear_kernel(
     TILE_K: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    TILE_PARTS: tl.constexpr,
+    ADD_NORM: tl.constexpr,
     PREFETCH: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Computes TILE_N columns of all rows, over one split of K.
 
     Grid (N / TILE_N, NUM_SPLITS). A program owns TILE_N rows of the weight and K / NUM_SPLITS of
-    its columns. The last program of a column tile to finish writes the sum of all splits.
+    its columns. The last program of a column tile to finish writes the sum of all splits. With
+    NUM_PARTS, x still lacks the scale of its norm, of whose sums of squares there are so many a
+    row. With ADD_NORM, the result is added to the residual and what is written is the sum, scaled
+    by the weight of the next norm, and the sum of its squares.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -75,6 +113,8 @@ def skinny_linear_kernel(
     ahead_ptr = weight_ptr + (tile * TILE_N).to(tl.int64) * K + split * (K // NUM_SPLITS) + TILE_K
     prefetch_rows(ahead_ptr, K, TILE_N, PREFETCH, USE_PDL)
     begin(USE_PDL)
+    if NUM_PARTS > 0:
+        squares = load_squares(squares_in_ptr, num_rows, NUM_PARTS, TILE_PARTS, TILE_M)
     x = tl.load(x_ptrs, mask=row_mask, other=0.0)
     acc = tl.dot(weight, x, input_precision="ieee")
     for k in range(TILE_K, K // NUM_SPLITS, TILE_K):
@@ -95,10 +135,23 @@ def skinny_linear_kernel(
             acc += tl.load(
                 partial_ptrs + other * num_rows * N, mask=row_mask, other=0.0, cache_modifier=".cg"
             )
+    if NUM_PARTS > 0:
+        acc *= norm_scale(squares, eps, K)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+    dtype = out_ptr.dtype.element_ty
+    if ADD_NORM:
+        residual_ptrs = residual_ptr + offs_m[None, :] * stride_residual + offs_n[:, None]
+        residual = tl.load(residual_ptrs, mask=row_mask, other=0.0).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + offs_n).to(tl.float32)
+        total = (acc.to(dtype).to(tl.float32) + residual).to(dtype)
+        tl.store(residual_ptrs, total, mask=row_mask)
+        acc = total.to(tl.float32)
+        squares_ptrs = squares_out_ptr + tile * num_rows + offs_m
+        tl.store(squares_ptrs, tl.sum(acc * acc, 0), mask=offs_m < num_rows)
+        acc *= norm_weight[:, None]
     out_ptrs = out_ptr + offs_m[None, :] * stride_out + offs_n[:, None]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask)
+    tl.store(out_ptrs, acc.to(dtype), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -107,6 +160,8 @@ def skinny_gated_linear_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    squares_in_ptr,
+    eps,
     num_rows,
     stride_out,
     stride_x,
@@ -116,13 +171,15 @@ def skinny_gated_linear_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    TILE_PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Computes TILE_N columns of silu(gate) * up for all rows.
 
     Grid (N / TILE_N,). A program owns TILE_N rows of the gate's weight and the same of up's, which
-    are N rows further down.
+    are N rows further down. NUM_PARTS is as in `skinny_linear_kernel`.
     """
     offs_n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     offs_m = tl.arange(0, TILE_M)
@@ -137,6 +194,8 @@ def skinny_gated_linear_kernel(
     prefetch_rows(ahead_ptr, K, TILE_N, PREFETCH, USE_PDL)
     prefetch_rows(ahead_ptr + N * K, K, TILE_N, PREFETCH, USE_PDL)
     begin(USE_PDL)
+    if NUM_PARTS > 0:
+        squares = load_squares(squares_in_ptr, num_rows, NUM_PARTS, TILE_PARTS, TILE_M)
     x = tl.load(x_ptrs, mask=row_mask, other=0.0)
     gate = tl.dot(gate_weight, x, input_precision="ieee")
     up = tl.dot(up_weight, x, input_precision="ieee")
@@ -146,6 +205,10 @@ def skinny_gated_linear_kernel(
         x = tl.load(x_ptrs + k, mask=row_mask, other=0.0)
         gate = tl.dot(gate_weight, x, gate, input_precision="ieee")
         up = tl.dot(up_weight, x, up, input_precision="ieee")
+    if NUM_PARTS > 0:
+        scale = norm_scale(squares, eps, K)
+        gate *= scale[None, :]
+        up *= scale[None, :]
     if HAS_BIAS:
         gate += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
         up += tl.load(bias_ptr + N + offs_n).to(tl.float32)[:, None]
@@ -181,12 +244,27 @@ def num_splits(n: int, k: int) -> int:
     return splits
 
 
+@dataclass(frozen=True, slots=True)
+class OpenNorm:
+    """What rows lack that an RMSNorm has scaled by its weight only.
+
+    Args:
+        squares: [num_parts, num_rows], float32, contiguous; sums of the squares of parts of each
+            row, which together are all of it.
+        eps: Added to the mean square.
+    """
+
+    squares: torch.Tensor
+    eps: float
+
+
 def skinny_linear(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     counters: torch.Tensor,
+    open_norm: OpenNorm | None = None,
 ) -> None:
     """Computes out = x @ weight.T + bias with float32 sums.
 
@@ -197,29 +275,95 @@ def skinny_linear(
         bias: [n], x's dtype; None for none.
         counters: [NUM_COUNTERS], int32, all zero before and after: counts the finished splits of
             each column tile. Calls that may overlap need counters of their own.
+        open_norm: Given, x is divided by the root of its mean square first.
 
     Raises:
         ValueError: An argument's shape, dtype, stride or device is wrong.
     """
     num_rows = _check(out, x, weight, bias, weight.shape[0])
     check_tensor("counters", counters, (NUM_COUNTERS,), torch.int32, x.device)
-    if num_rows == 0:
-        return
-    n, k = weight.shape
+    _check_open_norm(open_norm, x)
+    if num_rows:
+        _launch(out, x, weight, bias, counters, open_norm, None)
+
+
+def skinny_linear_add_norm(
+    out: torch.Tensor,
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    counters: torch.Tensor,
+) -> OpenNorm:
+    """Adds x @ weight.T + bias to the residual, and scales the sum by the weight of a norm.
+
+    Rounds the layer's output and the sum as the separate kernels do, but the normalised rows once
+    instead of twice: out is residual * norm_weight. (In float16, large residuals may overflow there
+    that would not have overflowed normalised.)
+
+    Args:
+        out: [num_rows, n], x's dtype, rows may be strided; overwritten.
+        residual: [num_rows, n], x's dtype, rows may be strided; becomes residual + output.
+        x: As of `skinny_linear`, like weight, bias and counters.
+        weight: [n, k].
+        bias: [n] or None.
+        norm_weight: [n], x's dtype.
+        eps: Of the norm.
+        counters: [NUM_COUNTERS].
+
+    Returns:
+        What out lacks, to be given to the layer that reads it.
+
+    Raises:
+        ValueError: An argument's shape, dtype, stride or device is wrong.
+    """
+    num_rows = _check(out, x, weight, bias, weight.shape[0])
+    check_tensor("counters", counters, (NUM_COUNTERS,), torch.int32, x.device)
+    check_tensor("residual", residual, out.shape, x.dtype, x.device)
+    check_dense_rows("residual", residual)
+    check_tensor("norm_weight", norm_weight, (weight.shape[0],), x.dtype, x.device)
+    check_contiguous("norm_weight", norm_weight)
+    squares = x.new_empty(weight.shape[0] // TILE_N, num_rows, dtype=torch.float32)
+    if num_rows:
+        _launch(out, x, weight, bias, counters, None, (residual, norm_weight, squares))
+    return OpenNorm(squares, eps)
+
+
+def _launch(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    counters: torch.Tensor,
+    open_norm: OpenNorm | None,
+    add_norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """Launches the kernel; `add_norm` is residual, weight of the norm and sums of squares."""
+    num_rows, (n, k) = x.shape[0], weight.shape
     splits = num_splits(n, k)
     partial = x.new_empty(splits * num_rows * n, dtype=torch.float32) if splits > 1 else x
+    residual, norm_weight, squares_out = add_norm or (out, weight, x)
     skinny_linear_kernel[(n // TILE_N, splits)](
-        out, x, weight, weight if bias is None else bias, partial, counters, num_rows,
-        out.stride(0), x.stride(0),
+        out, x, weight, weight if bias is None else bias, partial, counters,
+        x if open_norm is None else open_norm.squares, residual, norm_weight, squares_out,
+        0.0 if open_norm is None else open_norm.eps, num_rows,
+        out.stride(0), x.stride(0), residual.stride(0),
         N=n, K=k, TILE_M=max(16, next_power_of_2(num_rows)), TILE_N=TILE_N, TILE_K=TILE_K,
-        NUM_SPLITS=splits, HAS_BIAS=bias is not None, PREFETCH=_prefetch(k // splits - TILE_K),
+        NUM_SPLITS=splits, HAS_BIAS=bias is not None, **_parts(open_norm),
+        ADD_NORM=add_norm is not None, PREFETCH=_prefetch(k // splits - TILE_K),
         num_warps=4, num_stages=3,
         **pdl_options(x.device),
     )  # fmt: skip
 
 
 def skinny_gated_linear(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    open_norm: OpenNorm | None = None,
 ) -> None:
     """Computes out = silu(gate) * up, where gate and up are the halves of x @ weight.T + bias.
 
@@ -230,20 +374,37 @@ def skinny_gated_linear(
         x: [num_rows, k], bfloat16 or float16, 1 to 32 rows, which may be strided.
         weight: [n, k], x's dtype, contiguous: the gate's rows, then up's.
         bias: [n], x's dtype; None for none.
+        open_norm: Given, x is divided by the root of its mean square first.
 
     Raises:
         ValueError: An argument's shape, dtype, stride or device is wrong.
     """
     num_rows = _check(out, x, weight, bias, weight.shape[0] // 2)
+    _check_open_norm(open_norm, x)
     if num_rows == 0:
         return
     n, k = weight.shape[0] // 2, weight.shape[1]
     skinny_gated_linear_kernel[(n // TILE_N,)](
-        out, x, weight, weight if bias is None else bias, num_rows, out.stride(0), x.stride(0),
+        out, x, weight, weight if bias is None else bias,
+        x if open_norm is None else open_norm.squares,
+        0.0 if open_norm is None else open_norm.eps, num_rows, out.stride(0), x.stride(0),
         N=n, K=k, TILE_M=max(16, next_power_of_2(num_rows)), TILE_N=TILE_N, TILE_K=GATED_TILE_K,
-        HAS_BIAS=bias is not None, PREFETCH=_prefetch(k - GATED_TILE_K) // 2,
+        HAS_BIAS=bias is not None, **_parts(open_norm),
+        PREFETCH=_prefetch(k - GATED_TILE_K) // 2,
         num_warps=4, num_stages=3, **pdl_options(x.device),
     )  # fmt: skip
+
+
+def _parts(open_norm: OpenNorm | None) -> dict[str, int]:
+    """Returns the kernels' options for the sums of squares of x."""
+    num_parts = 0 if open_norm is None else open_norm.squares.shape[0]
+    return {"NUM_PARTS": num_parts, "TILE_PARTS": next_power_of_2(max(1, num_parts))}
+
+
+def _check_open_norm(open_norm: OpenNorm | None, x: torch.Tensor) -> None:
+    if open_norm is not None:
+        check_tensor("squares", open_norm.squares, (None, x.shape[0]), torch.float32, x.device)
+        check_contiguous("squares", open_norm.squares)
 
 
 def _prefetch(num_columns: int) -> int:

@@ -66,15 +66,19 @@ class ModelShape:
     has_out_bias: bool = False
     has_mlp_bias: bool = False
 
-    def linear_sizes(self) -> list[tuple[int, int, bool]]:
+    def linear_sizes(self) -> dict[str, tuple[int, int, bool]]:
         """Outputs, inputs and bias of the linear layers that are computed by themselves."""
         q_width = self.num_q_heads * self.head_dim
         qkv_width = q_width + 2 * self.num_kv_heads * self.head_dim
-        return [
-            (qkv_width, self.hidden_size, self.has_qkv_bias),
-            (self.hidden_size, q_width, self.has_out_bias),
-            (self.hidden_size, self.intermediate_size, self.has_mlp_bias),
-        ]
+        return {
+            "QKV": (qkv_width, self.hidden_size, self.has_qkv_bias),
+            "out": (self.hidden_size, q_width, self.has_out_bias),
+            "down": (self.hidden_size, self.intermediate_size, self.has_mlp_bias),
+        }
+
+    def gated_size(self) -> tuple[int, int, bool]:
+        """The same of the one whose outputs are multiplied with each other."""
+        return 2 * self.intermediate_size, self.hidden_size, self.has_mlp_bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,22 +116,51 @@ def precompile(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
     return compiled
 
 
+class _Launches:
+    """Launches kernels and keeps what that took."""
+
+    def __init__(self) -> None:
+        self.compiled: list[CompiledKernel] = []
+
+    def __call__(self, name: str, launcher: Any, *args: Any, **kwargs: Any) -> Any:
+        """Launch one and return what it returns."""
+        before, start = count_compiled_variants(), time.perf_counter()
+        result = launcher(*args, **kwargs)
+        was_new = count_compiled_variants() > before
+        seconds = time.perf_counter() - start
+        self.compiled.append(CompiledKernel(name=name, seconds=seconds, was_new=was_new))
+        return result
+
+
 def run_linear_variants(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
     """Launches every variant of linear layers of a few rows; see `precompile`."""
-    layers = LinearLayers(device, always_own=True)
-    compiled = []
-    sizes = [(n, k, bias, layers.linear) for n, k, bias in shape.linear_sizes()]
-    gated = (2 * shape.intermediate_size, shape.hidden_size, shape.has_mlp_bias)
-    for n, k, has_bias, launcher in [*sizes, (*gated, layers.gated_linear)]:
-        weight = torch.zeros(n, k, dtype=shape.dtype, device=device)
-        bias = weight[:, 0].contiguous() if has_bias else None
-        for num_rows in SKINNY_ROWS:
-            before, start = count_compiled_variants(), time.perf_counter()
-            launcher(weight.new_zeros(num_rows, k), weight, bias)
-            was_new = count_compiled_variants() > before
-            name, seconds = f"linear {n} x {k}, {num_rows} rows", time.perf_counter() - start
-            compiled.append(CompiledKernel(name=name, seconds=seconds, was_new=was_new))
-    return compiled
+    layers, launch = LinearLayers(device, always_own=True), _Launches()
+    sizes = {**shape.linear_sizes(), "gate and up": shape.gated_size()}
+    # One block of memory for all: at this point the model's own weights are there, too.
+    memory = torch.zeros(max(n * k for n, k, _ in sizes.values()), dtype=shape.dtype, device=device)
+    weights = {name: memory[: n * k].view(n, k) for name, (n, k, _) in sizes.items()}
+    biases = {name: memory[:n] if has_bias else None for name, (n, _, has_bias) in sizes.items()}
+    norm_weight = memory[: shape.hidden_size]
+    for num_rows in SKINNY_ROWS:
+        rows = {name: memory.new_zeros(num_rows, k) for name, (_, k, _) in sizes.items()}
+        residual = memory.new_zeros(num_rows, shape.hidden_size)
+
+        def add_norm(name: str, following: str | None, rows: Any = rows, to: Any = residual) -> Any:
+            last = None if following is None else weights[following]
+            label, layer = f"{name} and norm, {len(to)} rows", (weights[name], biases[name])
+            norm = (to, norm_weight, 1e-6, last)
+            return launch(label, layers.linear_add_norm, rows[name], *layer, *norm)
+
+        # A layer's variants: the first one's QKV is behind a norm by itself, and so is the head.
+        label, qkv = f"QKV, {num_rows} rows", (weights["QKV"], biases["QKV"])
+        launch(label, layers.linear, rows["QKV"], *qkv)
+        x, lacking = add_norm("out", "gate and up")
+        gate_up = (weights["gate and up"], biases["gate and up"])
+        launch(f"gate and up, {num_rows} rows", layers.gated_linear, x, *gate_up, lacking)
+        add_norm("down", None)
+        x, lacking = add_norm("down", "QKV")
+        launch(label, layers.linear, x, *qkv, lacking)
+    return launch.compiled
 
 
 def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKernel]:
@@ -160,14 +193,7 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
     hidden, residual = zeros(tokens, shape.hidden_size), zeros(tokens, shape.hidden_size)
     gate_up = zeros(tokens, 2 * shape.intermediate_size)
     activated = zeros(tokens, shape.intermediate_size)
-    compiled: list[CompiledKernel] = []
-
-    def launch(name: str, launcher: Any, *args: Any, **kwargs: Any) -> None:
-        before, start = count_compiled_variants(), time.perf_counter()
-        launcher(*args, **kwargs)
-        was_new = count_compiled_variants() > before
-        seconds = time.perf_counter() - start
-        compiled.append(CompiledKernel(name=name, seconds=seconds, was_new=was_new))
+    launch = _Launches()
 
     for num_splits in (1, 2):
         launch(
@@ -218,4 +244,4 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
     launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
     launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)
     launch("silu and mul", activation.silu_and_mul, activated, gate_up)
-    return compiled
+    return launch.compiled

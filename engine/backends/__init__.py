@@ -7,6 +7,8 @@ from engine.backends.base import (
     HostPoolSize,
     HostStepTimes,
     LayerNorms,
+    NextNorm,
+    NormedRows,
 )
 from engine.backends.select import make_backend, resolve_device
 
@@ -17,6 +19,8 @@ __all__ = [
     "HostPoolSize",
     "HostStepTimes",
     "LayerNorms",
+    "NextNorm",
+    "NormedRows",
     "make_backend",
     "resolve_device",
 ]

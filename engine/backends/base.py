@@ -52,6 +52,35 @@ class LayerNorms:
 
 
 @dataclass(frozen=True, slots=True)
+class NextNorm:
+    """The RMSNorm behind a linear layer.
+
+    Args:
+        weight: `[H]`.
+        eps: Added to the mean square.
+        reader: Weight of the layer that alone reads the result; None if others do.
+    """
+
+    weight: torch.Tensor
+    eps: float
+    reader: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class NormedRows:
+    """Rows behind an RMSNorm.
+
+    Args:
+        rows: `[T, H]`.
+        lacking: What the layer that reads them has to do first, as the backend puts it; None if the
+            rows are complete, as they are if the norm's reader is None.
+    """
+
+    rows: torch.Tensor
+    lacking: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class HostPoolSize:
     """Blocks of the host pool, and most host-resident decodes of one sub-batch."""
 
@@ -205,20 +234,25 @@ class Backend(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised over its last dimension and scaled, in the dtype of `x`."""
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """Add `x` to `residual` in place and return the norm of the sum."""
-
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return `x @ weight.T + bias`: `[T, N]` for a weight of `[N, K]`."""
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return `silu(gate) * up` of a fused projection `[2 * I, K]`, gate first: `[T, I]`."""
+
+    def linear_add_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: NextNorm,
+    ) -> NormedRows:
+        """Add `x @ weight.T + bias` to `residual` in place and return the norm of the sum."""
 
     def start_attention(
         self,

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from cpu_kernels.attention import CpuAttention
 from cpu_kernels.checks import host_kv_shapes
 from cpu_kernels.errors import KernelBuildError
-from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
+from engine.backends.base import (
+    AttentionShape,
+    HostPoolSize,
+    HostStepTimes,
+    LayerNorms,
+    NextNorm,
+    NormedRows,
+)
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import ClockMark
 from engine.batch import Batch, HostWork, PagedRows, host_work_of
@@ -181,25 +188,30 @@ class CpuBackend:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return weight * wide.to(x.dtype)
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """Add in place and normalise; see `Backend`."""
-        residual += x
-        return self.rms_norm(residual, weight, eps)
-
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return a linear layer's output; see `Backend`."""
-        return F.linear(x, weight, bias)
+        return F.linear(x.rows, weight, bias)
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the gated activation of a fused projection; see `Backend`."""
-        gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
+        gate, up = F.linear(x.rows, weight, bias).chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def linear_add_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: NextNorm,
+    ) -> NormedRows:
+        """Add in place and normalise; see `Backend`."""
+        residual += F.linear(x, weight, bias)
+        return NormedRows(self.rms_norm(residual, norm.weight, norm.eps))
 
     def start_attention(
         self,

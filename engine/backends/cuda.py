@@ -9,7 +9,14 @@ import torch
 from cpu_kernels.attention import CpuAttention
 from cpu_kernels.errors import KernelBuildError
 from cpu_kernels.topology import keep_off
-from engine.backends.base import AttentionShape, HostPoolSize, HostStepTimes, LayerNorms
+from engine.backends.base import (
+    AttentionShape,
+    HostPoolSize,
+    HostStepTimes,
+    LayerNorms,
+    NextNorm,
+    NormedRows,
+)
 from engine.backends.channels import PinnedBuffers
 from engine.backends.cuda_staging import Staging
 from engine.backends.cuda_swaps import Swaps
@@ -22,7 +29,7 @@ from engine.model_config import ModelConfig
 from engine.paths import cache_dir
 from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.linear import LinearLayers
-from gpu_kernels.norm import add_rms_norm, rms_norm
+from gpu_kernels.norm import rms_norm
 from gpu_kernels.pcie_attention import host_pool_attention
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
@@ -229,25 +236,29 @@ class CudaBackend:
         rms_norm(out, x, weight, eps)
         return out
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """Add in place and normalise; see `Backend`."""
-        out = torch.empty_like(x)
-        add_rms_norm(out, x, residual, weight, eps)
-        return out
-
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return a linear layer's output; see `Backend`."""
-        return self._linear.linear(x, weight, bias)
+        return self._linear.linear(x.rows, weight, bias, x.lacking)
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the gated activation of a fused projection; see `Backend`."""
-        return self._linear.gated_linear(x, weight, bias)
+        return self._linear.gated_linear(x.rows, weight, bias, x.lacking)
+
+    def linear_add_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: NextNorm,
+    ) -> NormedRows:
+        """Add in place and normalise, or leave that to the reader; see `Backend`."""
+        following = (norm.weight, norm.eps, norm.reader)
+        return NormedRows(*self._linear.linear_add_norm(x, weight, bias, residual, *following))
 
     def start_attention(
         self,

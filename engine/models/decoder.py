@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.backends import AttentionShape, Backend, LayerNorms
+from engine.backends import AttentionShape, Backend, LayerNorms, NextNorm, NormedRows
 from engine.batch import Batch
 from engine.model_config import ModelConfig
 from engine.models.weights import ModelWeights
@@ -18,23 +18,11 @@ from engine.models.weights import ModelWeights
 
 @dataclass(slots=True)
 class _Lane:
-    """Where a sub-batch stands: `[T, H]`, the residual stream, the open attention."""
+    """Where a sub-batch stands: `[T, H]` before a layer, residual stream, the open attention."""
 
-    hidden: torch.Tensor
-    residual: torch.Tensor | None = None
-    attended: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FinalStates:
-    """What a sub-batch's rows came to behind the last layer: `[T, H]` each, not yet added up."""
-
-    hidden: torch.Tensor
+    normed: NormedRows
     residual: torch.Tensor
-
-    def select(self, rows: torch.Tensor) -> "FinalStates":
-        """Return some rows only, by their numbers."""
-        return FinalStates(self.hidden[rows], self.residual[rows])
+    attended: torch.Tensor | None = None
 
 
 class DecoderModel:
@@ -60,6 +48,10 @@ class DecoderModel:
             else None
             for layer in weights.layers
         ]
+        eps, layers = config.rms_norm_eps, weights.layers
+        self._mlp_norms = [NextNorm(layer.mlp_norm, eps, layer.gate_up) for layer in layers]
+        self._next_norms = [NextNorm(layer.input_norm, eps, layer.qkv) for layer in layers[1:]]
+        self._next_norms.append(NextNorm(weights.final_norm, eps, None))
 
     def attention_shape(self, block_size: int) -> AttentionShape:
         """Return what the backend must know to make the KV cache."""
@@ -78,26 +70,27 @@ class DecoderModel:
         return self.sampling_logits(self.run_layers(batches), batches)
 
     def sampling_logits(
-        self, states: Sequence[FinalStates], batches: Sequence[Batch]
+        self, states: Sequence[torch.Tensor], batches: Sequence[Batch]
     ) -> torch.Tensor:
         """Return logits of all sub-batches' `logits_rows`, one behind the other.
 
         The head is read once for all of them.
 
+        Args:
+            states: From `run_layers`.
+            batches: What it was given.
+
         Returns:
             `[L, vocab_size]`, the model's dtype.
         """
         wanted = [
-            rows if batch.logits_rows is None else rows.select(batch.logits_rows)
+            rows if batch.logits_rows is None else rows[batch.logits_rows]
             for rows, batch in zip(states, batches, strict=True)
         ]
-        if len(wanted) == 1:
-            return self.logits(wanted[0].hidden, wanted[0].residual, None)
-        hidden = torch.cat([rows.hidden for rows in wanted])
-        return self.logits(hidden, torch.cat([rows.residual for rows in wanted]), None)
+        return self.logits(wanted[0] if len(wanted) == 1 else torch.cat(wanted))
 
     @torch.inference_mode()
-    def run_layers(self, batches: Sequence[Batch]) -> list[FinalStates]:
+    def run_layers(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Run the sub-batches of a step through all layers, one behind the other.
 
         In each layer, a sub-batch's CPU attention has all the time in which the other one does its
@@ -106,24 +99,30 @@ class DecoderModel:
 
         Args:
             batches: The step's input, T tokens each; only one of them if it has rotating rows.
+
+        Returns:
+            What each sub-batch's rows came to behind the final norm, `[T, H]`.
         """
         if batches[0].rotating is not None:
             [batch] = batches
             return [self._run_rotating(batch)]
-        lanes = [_Lane(F.embedding(batch.input_ids, self.weights.embedding)) for batch in batches]
+        lanes = [_Lane(*self._embed(batch)) for batch in batches]
         for layer in range(self.config.num_layers):
             for index, lane in enumerate(lanes):
                 self._finish_layer(index, layer - 1, lane)
-                qkv, lane.residual = self.before_attention(layer, lane.hidden, lane.residual)
+                qkv = self.before_attention(layer, lane.normed)
                 lane.attended = self.start_attention(index, layer, qkv)
-        states = []
         for index, lane in enumerate(lanes):
             self._finish_layer(index, self.config.num_layers - 1, lane)
-            assert lane.residual is not None
-            states.append(FinalStates(lane.hidden, lane.residual))
-        return states
+        return [lane.normed.rows for lane in lanes]
 
-    def _run_rotating(self, batch: Batch) -> FinalStates:
+    def _embed(self, batch: Batch) -> tuple[NormedRows, torch.Tensor]:
+        """Return a batch's rows behind the first norm, and the residual stream, `[T, H]`."""
+        residual = F.embedding(batch.input_ids, self.weights.embedding)
+        weight, eps = self.weights.layers[0].input_norm, self.config.rms_norm_eps
+        return NormedRows(self._backend.rms_norm(residual, weight, eps)), residual
+
+    def _run_rotating(self, batch: Batch) -> torch.Tensor:
         """Run a batch in which rotating rows come and go.
 
         Resident rows go through every layer. A rotating row arrives behind a layer's attention,
@@ -132,63 +131,50 @@ class DecoderModel:
         """
         rows = batch.rotating
         assert rows is not None, "there are rotating rows"
-        hidden = F.embedding(batch.input_ids, self.weights.embedding)
-        num_resident, num_rows = batch.num_resident_tokens, hidden.shape[0]
+        normed, embedded = self._embed(batch)
+        num_resident, num_rows = batch.num_resident_tokens, embedded.shape[0]
         # One residual stream, with room for visitors behind the resident rows.
-        stream = hidden.new_empty(num_resident + rows.most_at_once, hidden.shape[1])
+        stream = embedded.new_empty(num_resident + rows.most_at_once, embedded.shape[1])
+        stream[:num_rows].copy_(embedded)
         for layer in range(self.config.num_layers):
             arriving = rows.arriving(layer)
             num_visitors = arriving.stop - arriving.start
-            if num_rows:
-                residual = None if layer == 0 else stream[:num_rows]
-                qkv, residual = self.before_attention(layer, hidden, residual)
-                if layer == 0:
-                    stream[:num_rows].copy_(residual)
-            else:
-                qkv = hidden[:0]  # nobody departs, but the CPU is to hear of it
+            # If nobody departs, the CPU is to hear of it.
+            qkv = self.before_attention(layer, normed) if num_rows else embedded[:0]
             departing = slice(num_resident, num_rows)
             norms = self._norms[layer]
             self._backend.depart(layer, qkv[departing], stream[departing], self._cos_sin, norms)
             if num_resident:
                 attended = self.start_attention(0, layer, qkv[:num_resident], num_visitors)
             else:
-                attended = hidden.new_empty(num_visitors, self.weights.layers[layer].out.shape[1])
+                width = self.weights.layers[layer].out.shape[1]
+                attended = embedded.new_empty(num_visitors, width)
             num_rows = num_resident + num_visitors
             if num_visitors:
                 self._backend.arrive(layer, attended[num_resident:], stream[num_resident:num_rows])
             if num_rows:
-                hidden, _ = self.after_attention(layer, attended, stream[:num_rows])
-        return FinalStates(hidden[:num_rows], stream[:num_rows])
+                normed = self.after_attention(layer, attended, stream[:num_rows])
+        return normed.rows[:num_rows]
 
     def _finish_layer(self, index: int, layer: int, lane: "_Lane") -> None:
         """Take the CPU's rows of a layer's attention and compute the rest of the layer."""
-        if lane.attended is None or lane.residual is None:
+        if lane.attended is None:
             return  # before the first layer
         self._backend.finish_attention(index, layer, lane.attended)
-        lane.hidden, lane.residual = self.after_attention(layer, lane.attended, lane.residual)
+        lane.normed = self.after_attention(layer, lane.attended, lane.residual)
 
-    def before_attention(
-        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise and project to Q, K and V.
+    def before_attention(self, layer: int, normed: NormedRows) -> torch.Tensor:
+        """Project to Q, K and V.
 
         Args:
             layer: Index of the layer.
-            hidden: `[T, H]`: the embedding, or the last layer's MLP output.
-            residual: `[T, H]`, updated in place; None before the first layer.
+            normed: `[T, H]`, behind the layer's first norm.
 
         Returns:
-            Q, K and V side by side, `[T, (num_q_heads + 2 * num_kv_heads) * head_dim]`, and the
-            residual stream.
+            Q, K and V side by side, `[T, (num_q_heads + 2 * num_kv_heads) * head_dim]`.
         """
         weights = self.weights.layers[layer]
-        eps = self.config.rms_norm_eps
-        if residual is None:
-            residual = hidden
-            normed = self._backend.rms_norm(hidden, weights.input_norm, eps)
-        else:
-            normed = self._backend.add_rms_norm(hidden, residual, weights.input_norm, eps)
-        return self._backend.linear(normed, weights.qkv, weights.qkv_bias), residual
+        return self._backend.linear(normed, weights.qkv, weights.qkv_bias)
 
     def start_attention(
         self, lane: int, layer: int, qkv: torch.Tensor, num_visitors: int = 0
@@ -199,7 +185,7 @@ class DecoderModel:
 
     def after_attention(
         self, layer: int, attended: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> NormedRows:
         """Project the attention's output and run the MLP.
 
         Args:
@@ -208,24 +194,22 @@ class DecoderModel:
             residual: `[T, H]`, updated in place.
 
         Returns:
-            The MLP's output, not yet added to the residual stream, and that stream.
+            `[T, H]`, behind the norm that follows: the next layer's first, or the final one.
         """
-        weights = self.weights.layers[layer]
-        out = self._backend.linear(attended, weights.out, weights.out_bias)
-        normed = self._backend.add_rms_norm(
-            out, residual, weights.mlp_norm, self.config.rms_norm_eps
+        weights, linear_add_norm = self.weights.layers[layer], self._backend.linear_add_norm
+        normed = linear_add_norm(
+            attended, weights.out, weights.out_bias, residual, self._mlp_norms[layer]
         )
         activated = self._backend.gated_linear(normed, weights.gate_up, weights.gate_up_bias)
-        return self._backend.linear(activated, weights.down, weights.down_bias), residual
+        return linear_add_norm(
+            activated, weights.down, weights.down_bias, residual, self._next_norms[layer]
+        )
 
     @torch.inference_mode()
-    def logits(
-        self, hidden: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the head's output for some rows, or all: `[L, vocab_size]`, the model's dtype."""
-        if rows is not None:
-            hidden, residual = hidden[rows], residual[rows]
-        normed = self._backend.add_rms_norm(
-            hidden, residual, self.weights.final_norm, self.config.rms_norm_eps
-        )
-        return F.linear(normed, self.weights.lm_head)
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the head's output for rows behind the final norm: `[L, vocab_size]`, their dtype.
+
+        Args:
+            states: `[L, H]`, from `run_layers`.
+        """
+        return F.linear(states, self.weights.lm_head)

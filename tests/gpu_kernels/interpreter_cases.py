@@ -60,6 +60,9 @@ CASES: dict[str, Callable[[], None]] = {
     "host_pool_attention_nothing": lambda: checks.check_host_pool_attention([], device="cpu"),
     "norm": lambda: checks.check_norm(2, 48, device="cpu"),
     "skinny_linear": lambda: checks.check_skinny_linear(3, 128, 512, with_bias=True, device="cpu"),
+    "norm_between_linears": lambda: checks.check_norm_between_linears(
+        3, 384, 256, 128, with_bias=True, device="cpu"
+    ),
     "silu": lambda: checks.check_silu(2, 40, device="cpu"),
 }  # fmt: skip
 

@@ -11,7 +11,12 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
-from gpu_kernels.few_rows import NUM_COUNTERS, skinny_gated_linear, skinny_linear
+from gpu_kernels.few_rows import (
+    NUM_COUNTERS,
+    skinny_gated_linear,
+    skinny_linear,
+    skinny_linear_add_norm,
+)
 from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
@@ -464,3 +469,49 @@ def check_skinny_linear(
     skinny_gated_linear(gated, x, weight, bias)
     exact, plain = oracle.silu_and_mul(exact), oracle.silu_and_mul(plain)
     oracle.assert_close(gated, exact, plain)
+
+
+def check_norm_between_linears(
+    num_rows: int,
+    hidden_size: int,
+    k: int,
+    n: int,
+    *,
+    with_bias: bool = False,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cuda",
+) -> None:
+    """Checks a layer that adds to the residual and both that read what it leaves, run twice."""
+    eps = 1e-2  # as large as a mean square, so that leaving it out shows
+    all_x = random_rows(64, 1, k, dtype, device, seed=1)[:, 0]
+    all_residual = random_rows(64, 1, hidden_size, dtype, device, seed=2)[:, 0] / 8
+    weight = random_rows(hidden_size, 1, k, dtype, device, seed=3)[:, 0].contiguous() / 8 / k**0.5
+    norm_weight = 1 + random_rows(1, 1, hidden_size, dtype, device, seed=4)[0, 0].contiguous() / 4
+    reader = random_rows(n, 1, hidden_size, dtype, device, seed=5)[:, 0].contiguous()
+    reader /= hidden_size**0.5
+    biases = [
+        random_rows(1, 1, size, dtype, device, seed=6)[0, 0].contiguous() if with_bias else None
+        for size in (hidden_size, n)
+    ]
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    exact_total = all_residual.float() + oracle.linear(all_x.float(), weight, biases[0])
+    plain_total = all_residual + oracle.linear(all_x, weight, biases[0])
+    exact = oracle.rms_norm(exact_total, norm_weight.float(), eps)
+    plain = oracle.rms_norm(plain_total, norm_weight, eps)
+    exact, plain = oracle.linear(exact, reader, biases[1]), oracle.linear(plain, reader, biases[1])
+    outs = []
+    for _ in range(2):
+        residual = all_residual[:num_rows].clone()
+        scaled = poisoned(residual[:, None, :1].expand(-1, 1, hidden_size))[:, 0]
+        layer = (weight, biases[0], norm_weight, eps, counters)
+        open_norm = skinny_linear_add_norm(scaled, residual, all_x[:num_rows], *layer)
+        oracle.assert_close(residual, exact_total, plain_total)
+        assert not counters.any()
+        out = poisoned(residual[:, None, :1].expand(-1, 1, n))[:, 0]
+        skinny_linear(out, scaled, reader, biases[1], counters, open_norm)
+        oracle.assert_close(out, exact, plain)
+        outs.append(out)
+    assert torch.equal(*outs)
+    gated = poisoned(residual[:, None, :1].expand(-1, 1, n // 2))[:, 0]
+    skinny_gated_linear(gated, scaled, reader, biases[1], open_norm)
+    oracle.assert_close(gated, oracle.silu_and_mul(exact), oracle.silu_and_mul(plain))

@@ -4,6 +4,7 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.few_rows import OpenNorm
 from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
@@ -89,10 +90,25 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
         gate_up = torch.zeros(sizes, dtype=shape.dtype, device=device)
         silu_and_mul(gate_up[:, : shape.intermediate_size].clone(), gate_up)
         layers = LinearLayers(torch.device(device), always_own=True)
-        for n, k, has_bias in shape.linear_sizes():
+
+        def linear(size: tuple[int, int, bool]) -> tuple[torch.Tensor, torch.Tensor | None]:
+            n, k, has_bias = size
             weight = torch.zeros(n, k, dtype=shape.dtype, device=device)
-            bias = weight[:, 0].clone() if has_bias else None
-            layers.linear(weight.new_zeros(num_rows, k), weight, bias)
-        weight = torch.zeros(sizes[1], shape.hidden_size, dtype=shape.dtype, device=device)
-        bias = weight[:, 0].clone() if shape.has_mlp_bias else None
-        layers.gated_linear(hidden, weight, bias)
+            return weight, weight[:, 0].clone() if has_bias else None
+
+        qkv_layer, out_layer, down_layer = map(linear, shape.linear_sizes().values())
+        gate_up = linear(shape.gated_size())
+        x, norm = layers.linear(hidden, *qkv_layer), (hidden, hidden[0].clone(), 1e-5)
+        x = x[:, : out_layer[0].shape[1]]
+        following = layers.linear_add_norm(x, *out_layer, *norm, gate_up[0])
+        x = layers.gated_linear(*_read(following, gate_up))
+        layers.linear_add_norm(x, *down_layer, *norm, None)
+        following = layers.linear_add_norm(x, *down_layer, *norm, qkv_layer[0])
+        layers.linear(*_read(following, qkv_layer))
+
+
+def _read(
+    normed: tuple[torch.Tensor, OpenNorm | None], layer: tuple[torch.Tensor, torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, OpenNorm | None]:
+    """Returns the arguments of a layer that reads what another one left."""
+    return normed[0], *layer, normed[1]

@@ -120,6 +120,13 @@ def gated_args(n: int = N) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name != "counters"}
 
 
+OPEN_NORM = gpu_kernels.OpenNorm(zeros(2, N + 1, dtype=torch.float32), 1e-6)
+
+
+def skinny_norm_args(n: int = N) -> dict[str, Any]:
+    return skinny_args(n) | {"residual": zeros(n, 128), "norm_weight": zeros(128), "eps": 1e-6}
+
+
 LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "decode": (gpu_kernels.paged_decode_attention, decode_args),
     "prefill": (gpu_kernels.paged_prefill_attention, prefill_args),
@@ -136,6 +143,7 @@ LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
     "silu": (gpu_kernels.silu_and_mul, silu_args),
     "skinny": (gpu_kernels.skinny_linear, skinny_args),
+    "skinny_norm": (gpu_kernels.skinny_linear_add_norm, skinny_norm_args),
     "gated": (gpu_kernels.skinny_gated_linear, gated_args),
 }
 TENSORS = [
@@ -202,6 +210,10 @@ WRONG_VALUES = [
     ("norm", {"x": zeros(N, 16385), "out": zeros(N, 16385)}, "hidden_size"),
     ("silu", {"gate_up": zeros(N, 7)}, "width"),
     ("skinny", {"weight": zeros(64, 256)}, "x and weight"),
+    ("skinny", {"open_norm": OPEN_NORM}, "squares: expected shape"),
+    ("gated", {"open_norm": OPEN_NORM}, "squares: expected shape"),
+    ("skinny_norm", {"residual": zeros(N, 256)}, "residual"),
+    ("skinny_norm", {"norm_weight": zeros(256)}, "norm_weight"),
     ("skinny", {"weight": zeros(128, 64), "x": zeros(N, 64)}, "x and weight"),
     ("skinny", {"x": zeros(33, 256), "out": zeros(33, 128)}, "x and weight"),
     ("gated", {"weight": zeros(256, 128).t()}, "weight"),

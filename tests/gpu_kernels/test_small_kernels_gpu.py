@@ -12,6 +12,7 @@ from tests.gpu_kernels.gpu import DTYPES, MARKS
 from tests.gpu_kernels.kernel_checks import (
     check_handover,
     check_norm,
+    check_norm_between_linears,
     check_rope_store,
     check_rotating_rows,
     check_silu,
@@ -109,6 +110,17 @@ def test_swap_refuses_pageable_memory(swap: Callable[..., None]) -> None:
 def test_linear_layers_of_a_few_rows(n: int, k: int, dtype: torch.dtype) -> None:
     for num_rows in (1, 15, 16, 17, 32):
         check_skinny_linear(num_rows, n, k, with_bias=num_rows % 2 == 1, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("hidden_size", "k", "n"),
+    [(128, 128, 128), (640, 256, 384), (4096, 14336, 6144), (5120, 1024, 256)],
+)
+def test_norms_between_linear_layers(hidden_size: int, k: int, n: int, dtype: torch.dtype) -> None:
+    for num_rows in (1, 16, 17, 32):
+        sizes = (num_rows, hidden_size, k, n)
+        check_norm_between_linears(*sizes, with_bias=num_rows == 17, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
