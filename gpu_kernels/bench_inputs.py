@@ -41,13 +41,14 @@ class PagedInputs:
     seq_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
     workspace: torch.Tensor
+    counters: torch.Tensor
 
     def decode(self, num_splits: int | None = None, tiles: DecodeTiles | None = None) -> Launch:
         """A launch of decode attention over these inputs."""
         return lambda: paged_decode_attention(
             self.out, self.q, self.k_cache, self.v_cache, self.block_tables, self.seq_lens,
             self.heads.head_dim**-0.5, max_seq_len=self.seq_len, num_splits=num_splits,
-            workspace=self.workspace, tiles=tiles,
+            workspace=self.workspace, counters=self.counters, tiles=tiles,
         )  # fmt: skip
 
     def prefill(self, tiles: PrefillTiles | None = None) -> Launch:
@@ -91,6 +92,7 @@ def make_paged_inputs(
         seq_lens=torch.full((num_seqs,), seq_len, dtype=torch.int32, device=device),
         cu_seqlens_q=starts,
         workspace=torch.empty(size, dtype=torch.float32, device=device),
+        counters=torch.zeros(num_seqs * heads.num_kv_heads, dtype=torch.int32, device=device),
     )
 
 

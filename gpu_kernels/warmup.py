@@ -195,11 +195,12 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
     activated = zeros(tokens, shape.intermediate_size)
     launch = _Launches()
 
-    for num_splits in (1, 2):
+    counters = zeros(tokens * shape.num_kv_heads, dtype=torch.int32)
+    for num_splits in (1, 2, decode_attention.MAX_MERGED_SPLITS + 1):
         launch(
             f"decode attention, {num_splits} splits", decode_attention.paged_decode_attention,
             out, q, k_cache, v_cache, tables, seq_lens, 1.0,
-            max_seq_len=1, num_splits=num_splits,
+            max_seq_len=1, num_splits=num_splits, counters=counters,
         )  # fmt: skip
     shape_class = (shape.head_dim, shape.dtype, gpu_class(device))
     for name, tiles in (

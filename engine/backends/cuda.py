@@ -37,6 +37,9 @@ from gpu_kernels.rotating_rows import depart_rows, rejoin_rows
 from gpu_kernels.tiles import decode_num_splits, num_multiprocessors
 from gpu_kernels.warmup import ModelShape, precompile
 
+_MERGED_ROWS = 256
+"""Decodes of a step, at most, whose splits are merged as they finish; more have no splits."""
+
 
 class CudaBackend:
     """`Backend` on one GPU. The device pool is token-major: `[block, head, token, element]`.
@@ -51,7 +54,7 @@ class CudaBackend:
         self._num_threads = num_threads
         self._linear = LinearLayers(device)
         self._shape: AttentionShape | None = None
-        self._k_cache = self._v_cache = torch.empty(0)
+        self._k_cache = self._v_cache = self._merge_counters = torch.empty(0)
         self._kernels: CpuAttention | None = None
         self._cpus_before: set[int] | None = None
         self._host: HostAttention | None = None
@@ -127,6 +130,8 @@ class CudaBackend:
         )
         self._k_cache = torch.zeros(size, dtype=shape.dtype, device=self.device)
         self._v_cache = torch.zeros(size, dtype=shape.dtype, device=self.device)
+        num_counters = _MERGED_ROWS * shape.num_kv_heads
+        self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=self.device)
         self._shape = shape
         if host is not None:
             self._make_host(shape, host)
@@ -441,6 +446,7 @@ class CudaBackend:
                 self._checked_shape().softmax_scale,
                 max_seq_len=rows.max_decode_len,
                 num_splits=rows.num_splits,
+                counters=self._merge_counters if count <= _MERGED_ROWS else None,
             )
 
     def _attend_prefills(

@@ -48,14 +48,20 @@ def check_decode(
     device: str = "cuda",
     num_splits: int | None = None,
 ) -> None:
+    """Checks splits merged by a second kernel and by their last program, which is run twice."""
     batch = make_paged_batch(seq_lens, num_kv_heads, head_dim, block_size, dtype, device)
     q = random_rows(len(seq_lens), num_kv_heads * group_size, head_dim, dtype, device)
-    out = poisoned(q)
+    counters = torch.zeros(len(seq_lens) * num_kv_heads, dtype=torch.int32, device=device)
     scale = head_dim**-0.5
-    paged_decode_attention(
-        out, q, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens, scale,
-        max_seq_len=max([*seq_lens, 1]), num_splits=num_splits,
-    )  # fmt: skip
+    outs = []
+    for given in (None, counters, counters):
+        out = poisoned(q)
+        paged_decode_attention(
+            out, q, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens, scale,
+            max_seq_len=max([*seq_lens, 1]), num_splits=num_splits, counters=given,
+        )  # fmt: skip
+        outs.append(out)
+    assert not counters.any()
     exact, plain = torch.zeros_like(out, dtype=torch.float32), torch.zeros_like(out)
     for row, seq_len in enumerate(seq_lens):
         if seq_len > 0:
@@ -63,8 +69,10 @@ def check_decode(
             exact[row] = oracle.attention(*args, torch.float32)[0]
             plain[row] = oracle.attention(*args, dtype)[0]
     used = batch.seq_lens > 0
-    assert torch.isnan(out[~used]).all(), "padding rows were written"
-    oracle.assert_close(out[used], exact[used], plain[used])
+    for out in outs:
+        assert torch.isnan(out[~used]).all(), "padding rows were written"
+        oracle.assert_close(out[used], exact[used], plain[used])
+    assert torch.equal(outs[1][used], outs[2][used])
 
 
 def check_prefill(

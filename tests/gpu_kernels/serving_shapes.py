@@ -36,10 +36,11 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
         tables = ints(num_rows, 2 * num_rows + 1, dtype=torch.int32)
         seq_lens = ints(num_rows, dtype=torch.int32) + 0
         seq_lens = ints(num_rows, dtype=torch.int32).copy_(seq_lens)
+        counters = ints(num_rows * shape.num_kv_heads, dtype=torch.int32)
         for num_splits in (None, 1, 3, 16):
             paged_decode_attention(
                 out, q, k_cache, v_cache, tables, seq_lens, 0.1,
-                max_seq_len=max_seq_len, num_splits=num_splits,
+                max_seq_len=max_seq_len, num_splits=num_splits, counters=counters,
             )  # fmt: skip
         cu_seqlens_q = ints(num_rows + 1, dtype=torch.int32)
         paged_prefill_attention(out, q, k_cache, v_cache, tables, cu_seqlens_q, seq_lens, 0.1)

@@ -157,6 +157,8 @@ WRONG_VALUES = [
     ("decode", {"num_splits": 0}, "num_splits"),
     ("decode", {"num_splits": MAX_SPLITS + 1}, "num_splits"),
     ("decode", {"num_splits": 2, "workspace": zeros(10, dtype=F32)}, "workspace"),
+    ("decode", {"counters": zeros(1, dtype=I32)}, "counters"),
+    ("decode", {"counters": zeros(99)}, "counters"),
     ("decode", {"num_splits": 2, "workspace": zeros(10_000)}, "workspace"),
     ("decode", {"num_splits": 2, "workspace": zeros(9, 9999, dtype=F32).t()}, "workspace"),
     ("decode", {"q": zeros(N, 3, D), "out": zeros(N, 3, D)}, "num_q_heads"),
