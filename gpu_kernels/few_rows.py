@@ -23,7 +23,7 @@ import triton.language as tl
 
 from gpu_kernels.checks import check_contiguous, check_dense_rows, check_float, check_tensor, wrong
 from gpu_kernels.pdl import begin, pdl_options, prefetch_rows
-from gpu_kernels.tiles import next_power_of_2
+from gpu_kernels.tiles import next_power_of_2, num_multiprocessors
 
 MAX_ROWS = 32
 """Beyond, cuBLAS is as fast: 64 rows of an 8B layer took 159 µs here and 123 µs there (H200)."""
@@ -37,6 +37,12 @@ step of 24 rows: 0, 128, 256, 512 columns took 5.50, 5.43, 5.50, 5.55 ms)."""
 _MIN_PROGRAMS = 192
 """So many fit a large GPU at once, with a second one on half of its multiprocessors. QKV of an 8B
 layer as 192 programs instead of 384, which do not all fit: 5.23 ms a step instead of 5.30."""
+_BYTES_IN_FLIGHT = 8 * 2**20
+"""So many of the weights, over all programs, keep the memory of a large GPU busy. Of Llama-2-7B,
+192 programs of QKV reach 3.5 TB/s with 6 MiB and 3.8 with 8, 128 of down 3.3 with 4 and 3.9 with 8
+(H200)."""
+_SHARED_BYTES = 227 * 2**10
+MAX_STAGES = 6
 NUM_COUNTERS = _MIN_PROGRAMS
 """Sums are split only where there are fewer column tiles than this."""
 
@@ -244,6 +250,22 @@ def num_splits(n: int, k: int) -> int:
     return splits
 
 
+@cache
+def num_stages(num_programs: int, tile_m: int, num_sms: int) -> int:
+    """Into how many stages a program's loop is cut, so that enough bytes are on their way.
+
+    Args:
+        num_programs: All of which shall fit the GPU at once.
+        tile_m: Rows of input, padded.
+        num_sms: Multiprocessors of the GPU.
+    """
+    weight_bytes, x_bytes = 2 * TILE_N * TILE_K, 2 * tile_m * TILE_K
+    wanted = 1 + -(-_BYTES_IN_FLIGHT // (num_programs * weight_bytes))
+    shared_bytes = _SHARED_BYTES // -(-num_programs // num_sms)
+    fitting = shared_bytes // (weight_bytes + x_bytes) - 1  # the compiler adds a buffer
+    return max(3, min(wanted, fitting, MAX_STAGES))
+
+
 @dataclass(frozen=True, slots=True)
 class OpenNorm:
     """What rows lack that an RMSNorm has scaled by its weight only.
@@ -345,16 +367,17 @@ def _launch(
     splits = num_splits(n, k)
     partial = x.new_empty(splits * num_rows * n, dtype=torch.float32) if splits > 1 else x
     residual, norm_weight, squares_out = add_norm or (out, weight, x)
+    tile_m, num_programs = max(16, next_power_of_2(num_rows)), n // TILE_N * splits
+    stages = num_stages(num_programs, tile_m, num_multiprocessors(x.device))
     skinny_linear_kernel[(n // TILE_N, splits)](
         out, x, weight, weight if bias is None else bias, partial, counters,
         x if open_norm is None else open_norm.squares, residual, norm_weight, squares_out,
         0.0 if open_norm is None else open_norm.eps, num_rows,
         out.stride(0), x.stride(0), residual.stride(0),
-        N=n, K=k, TILE_M=max(16, next_power_of_2(num_rows)), TILE_N=TILE_N, TILE_K=TILE_K,
+        N=n, K=k, TILE_M=tile_m, TILE_N=TILE_N, TILE_K=TILE_K,
         NUM_SPLITS=splits, HAS_BIAS=bias is not None, **_parts(open_norm),
         ADD_NORM=add_norm is not None, PREFETCH=_prefetch(k // splits - TILE_K),
-        num_warps=4, num_stages=3,
-        **pdl_options(x.device),
+        num_warps=4, num_stages=stages, **pdl_options(x.device),
     )  # fmt: skip
 
 
