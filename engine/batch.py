@@ -213,6 +213,7 @@ class Batch:
             followed all others.
         sources: `[T]`, int64, device; where a token is the last step's to sample, its place there,
             elsewhere `NO_SOURCE`; None where there are no such tokens.
+        sampled: `[any]`, int64, device; the last step's tokens, needed with `sources`.
         scored: Prompt rows whose next tokens' log-probabilities are wanted.
     """
 
@@ -224,6 +225,7 @@ class Batch:
     host_decodes: HostDecodeRows | None = None
     rotating: RotatingRows | None = None
     sources: torch.Tensor | None = None
+    sampled: torch.Tensor | None = None
     scored: Sequence[ScoredRows] = ()
 
     @property

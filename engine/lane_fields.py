@@ -292,7 +292,7 @@ def batch_of(
     views: dict[str, torch.Tensor],
     *,
     block_size: int,
-    filled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    sampled: torch.Tensor,
     num_staging_blocks: int = 0,
     rotating: RotatingRows | None = None,
 ) -> Batch:
@@ -302,7 +302,7 @@ def batch_of(
         shape: What there is room for.
         views: Its arrays, on the device.
         block_size: Tokens of a block.
-        filled: Puts pending tokens in their places; see `TokenFeedback.filled`.
+        sampled: The last step's tokens; see `TokenFeedback`.
         num_staging_blocks: Staging blocks that prompts to the host may take.
         rotating: The rotating rows.
     """
@@ -317,13 +317,15 @@ def batch_of(
             written=written if shape.num_written else None,
         )
     return Batch(
-        input_ids=filled(views["input_ids"], views["sources"]),
+        input_ids=views["input_ids"],
         positions=views["positions"],
         logits_rows=None,
         device_rows=shape.device.rows("device", views, block_size),
         host_prefills=prefills,
         host_decodes=_room(shape.num_host_decodes) if shape.num_host_decodes else None,
         rotating=rotating,
+        sources=views["sources"],
+        sampled=sampled,
     )
 
 

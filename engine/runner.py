@@ -1,6 +1,7 @@
 """Runs step plans: owns the model on its device, the KV cache and the block accounting of it."""
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -66,6 +67,7 @@ class ModelRunner:
         self.dtype = resolve_dtype(config.dtype, self.model_config.dtype)
         self._backend = make_backend(self.device, config.threads)
         self._rotation: Rotation | None = None
+        self._graphs: StepGraphs | None = None
         self._feedback = TokenFeedback(config.scheduler.max_num_seqs, self.device)
         try:
             self._model = self._make_model(config, checkpoint, max_model_len, on_progress)
@@ -292,8 +294,13 @@ class ModelRunner:
             self._backend.swap_in(*_blocks(plan.swaps_in), beside=plan.moves_beside)
 
     def close(self) -> None:
-        """Release threads and memory."""
+        """Release threads and memory, whoever still holds on to the runner."""
         self._backend.close()
+        self._graphs = None
+        self.__dict__.pop("_model", None)  # not there if it did not fit
+        gc.collect()  # graphs and what they were captured from refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _make_model(
         self,
@@ -314,7 +321,9 @@ class ModelRunner:
     def _num_blocks(self, config: EngineConfig, shape: AttentionShape, max_model_len: int) -> int:
         if self.device.type == "cpu":
             return num_cpu_device_blocks(config, shape, max_model_len)
-        torch.cuda.reset_peak_memory_stats(self.device)  # of engines before this one
+        # Of engines before this one: what they held at most, and what is kept for others like it.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
         self._run_worst_step(config, shape, max_model_len)
         # What is taken now, by anyone, plus what this process held in addition at its peak.
         peak = torch.cuda.max_memory_reserved(self.device)

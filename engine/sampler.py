@@ -16,7 +16,7 @@ import torch
 from engine.request import Request
 from engine.structured_output.mask import forbid_tokens
 from engine.token_logprobs import TokenLogprobs
-from engine.transfer import HostCopy, to_device, to_host
+from engine.transfer import HostCopy, WrittenToHost, to_device, to_host
 
 _MASK_64 = 2**64 - 1
 
@@ -40,12 +40,18 @@ class PendingTokens:
     Args:
         token_ids: `[L]`, int64, device.
         logprobs: What was asked for; None if nothing was.
+        on_host: The same tokens, if they go to the host by themselves; None copies them.
     """
 
-    def __init__(self, token_ids: torch.Tensor, logprobs: "_PendingLogprobs | None" = None) -> None:
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        logprobs: "_PendingLogprobs | None" = None,
+        on_host: WrittenToHost | None = None,
+    ) -> None:
         self.token_ids = token_ids
         self._logprobs = logprobs
-        self._on_host = to_host(token_ids)
+        self._on_host = on_host or to_host(token_ids)
 
     def wait(self) -> SampledTokens:
         """Wait for the device and return tokens and log-probabilities on the host."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.backends import Backend
+from engine.backends import Backend, SlottedTokens
 from engine.batch import DirectRows, HostWork, RotatingRows
 from engine.batch_arrays import rotating_positions_of
 from engine.batch_builder import BatchBuilder
@@ -29,12 +29,13 @@ from engine.sampler import PendingTokens, is_plainly_greedy, launch_sampling
 from engine.shape_chooser import ShapeChooser
 from engine.step_plan import StepPlan, SubBatch
 from engine.token_feedback import TokenFeedback
+from engine.transfer import WrittenToHost
 from engine.upload import Ints
 from engine.usual_shapes import UsualShapes
 
 MAX_GRAPHS = 256
 _NUM_UPLOADS = 2
-"""A buffer is written while at most one earlier step is still on its way."""
+"""A step's metadata is written, and its tokens arrive, while at most one other is on its way."""
 _ALIGNMENT = 8
 _NUM_ROTATING_ARRAYS = 3
 """Positions, slots and answers."""
@@ -45,6 +46,7 @@ _Array = tuple[tuple[int, ...], torch.dtype]
 class _Views:
     """A buffer's arrays."""
 
+    slot: torch.Tensor
     sampled: torch.Tensor
     rotating: list[torch.Tensor]
     direct: list[torch.Tensor]
@@ -55,6 +57,7 @@ class _Views:
 class _HostArrays:
     """The same for writing, and what they take."""
 
+    slot: Ints
     sampled: Ints
     rotating: list[Ints]
     direct: list[Ints]
@@ -115,6 +118,9 @@ class StepGraphs:
             torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
             for _ in range(_NUM_UPLOADS)
         ]
+        self._tokens_on_host = torch.zeros(
+            _NUM_UPLOADS, max_num_seqs, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
         self._host_views: dict[tuple[GraphShape, int], _HostArrays] = {}
         self._num_launched = 0
         embedding = model.weights.embedding
@@ -155,7 +161,7 @@ class StepGraphs:
             assert rotation is not None, "rotating rows need a rotation"
             places = rotation.advance(plan.rotating, shape.num_visitors)
             self._builder.note_entering(places)
-        self._upload(shape, lanes, places)
+        slot = self._upload(shape, lanes, places)
         self._backend.begin_host(
             HostWork(
                 [self._builder.host_decodes(lane.cdec) for lane in lanes],
@@ -169,7 +175,9 @@ class StepGraphs:
             graph.replay()
         requests = [item.request for item in plan.sampling]
         if all(is_plainly_greedy(request) for request in requests):
-            return PendingTokens(self._feedback.token_ids[: len(requests)])
+            token_ids = self._feedback.token_ids[: len(requests)]
+            on_host = WrittenToHost(self._tokens_on_host[slot, : len(requests)], token_ids.device)
+            return PendingTokens(token_ids, on_host=on_host)
         tokens = launch_sampling(self._logits[: len(requests)], requests)
         self._feedback.keep(tokens.token_ids)
         return tokens
@@ -191,9 +199,9 @@ class StepGraphs:
         return min(sum(lane.most_sampled for lane in shape.lanes), self._max_num_seqs)
 
     def _arrays(self, shape: GraphShape) -> list[_Array]:
-        """Return all arrays: the rows that sample, the rotating rows', those of each lane."""
+        """Return all arrays: where tokens go, who samples, rotating rows', those of each lane."""
         num_rotating = shape.num_visitors * (self._model.config.num_layers + 1)
-        arrays: list[_Array] = [((self._num_sampled(shape),), torch.int64)]
+        arrays: list[_Array] = [((1,), torch.int64), ((self._num_sampled(shape),), torch.int64)]
         arrays += [((num_rotating,), torch.int64)] * _NUM_ROTATING_ARRAYS
         arrays += self._direct_arrays(shape)
         return arrays + [array for lane in shape.lanes for array in lane.arrays().values()]
@@ -220,6 +228,7 @@ class StepGraphs:
             start += _size(array)
         left = iter(views)
         return _Views(
+            slot=next(left),
             sampled=next(left),
             rotating=[next(left) for _ in range(_NUM_ROTATING_ARRAYS)],
             direct=[next(left) for _ in self._direct_arrays(shape)],
@@ -228,12 +237,14 @@ class StepGraphs:
 
     def _upload(
         self, shape: GraphShape, lanes: Sequence[SubBatch], places: RotationPlaces | None
-    ) -> None:
+    ) -> int:
+        """Fill the buffer that the graph reads, and return the slot of its tokens."""
         number = self._num_launched % _NUM_UPLOADS
         self._num_launched += 1
         arrays = self._host_arrays(shape, number)
         for room, lane, views in zip(shape.lanes, lanes, arrays.lanes, strict=True):
             self._filler.fill(room, views, lane, self._feedback.source)
+        arrays.slot[:] = number
         if len(arrays.sampled):
             rows = _sampled_rows(lanes, shape)
             arrays.sampled[: len(rows)] = rows
@@ -246,6 +257,7 @@ class StepGraphs:
                 self._builder.fill_direct(places, *arrays.direct)
         size = arrays.num_bytes
         self._static[:size].copy_(self._uploads[number][:size], non_blocking=True)
+        return number
 
     def _host_arrays(self, shape: GraphShape, number: int) -> _HostArrays:
         """Return a shape's arrays in an upload buffer; cutting them takes a millisecond."""
@@ -255,6 +267,7 @@ class StepGraphs:
                 self._host_views.clear()
             views = self._cut(shape, self._uploads[number])
             found = self._host_views[shape, number] = _HostArrays(
+                slot=views.slot.numpy(),
                 sampled=views.sampled.numpy(),
                 rotating=[view.numpy() for view in views.rotating],
                 direct=[view.numpy() for view in views.direct],
@@ -297,14 +310,14 @@ class StepGraphs:
     def _compute(self, shape: GraphShape) -> None:
         """Run the model over the static buffers."""
         views = self._cut(shape, self._static)
-        size, filled = self._pool.block_size, self._feedback.filled
+        size, feedback = self._pool.block_size, self._feedback.token_ids
         rotating = self._rotating_rows(shape, views)
         batches = [
             batch_of(
                 lane,
                 arrays,
                 block_size=size,
-                filled=filled,
+                sampled=feedback,
                 num_staging_blocks=self._ladders.num_staging_blocks,
                 rotating=rotating,
             )
@@ -314,9 +327,11 @@ class StepGraphs:
         lanes = self._model.run_layers(batches)
         self._backend.join_copies()
         states = lanes[0] if len(lanes) == 1 else torch.cat(lanes)
-        logits = self._model.logits(states[views.sampled] if len(views.sampled) else states)
-        self._logits[: logits.shape[0]].copy_(logits)
-        self._feedback.keep(logits.argmax(dim=-1))
+        if len(views.sampled):
+            states = states[views.sampled]
+        logits = self._model.logits(states, out=self._logits[: len(states)])
+        on_host = SlottedTokens(self._tokens_on_host, views.slot)
+        self._backend.greedy_tokens(logits, feedback[: len(states)], on_host)
 
     def _rotating_rows(self, shape: GraphShape, views: _Views) -> RotatingRows | None:
         if not shape.num_visitors:

@@ -41,12 +41,5 @@ class TokenFeedback:
         self.token_ids[: token_ids.shape[0]].copy_(token_ids)
 
     def complete(self, batch: Batch) -> Batch:
-        """Return a batch with all its tokens in place."""
-        if batch.sources is None:
-            return batch
-        return replace(batch, input_ids=self.filled(batch.input_ids, batch.sources))
-
-    def filled(self, input_ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-        """Return tokens, `[T]`, taken from the last step where `sources` says so."""
-        sampled = self.token_ids[sources.clamp(min=0)]
-        return torch.where(sources == NO_SOURCE, input_ids, sampled)
+        """Return a batch with all that its tokens are taken from."""
+        return batch if batch.sources is None else replace(batch, sampled=self.token_ids)

@@ -28,6 +28,28 @@ class HostCopy:
         return self._tensor
 
 
+class WrittenToHost:
+    """Values that the device itself writes to memory of the host.
+
+    Args:
+        tensor: Where; work that the device was given so far writes to it.
+        device: The device.
+    """
+
+    def __init__(self, tensor: torch.Tensor, device: torch.device) -> None:
+        self._tensor = tensor
+        self._written: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._written = torch.cuda.Event()
+            self._written.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> torch.Tensor:
+        """Wait until they are written and return them; later steps write to the same place."""
+        if self._written is not None:
+            self._written.synchronize()
+        return self._tensor
+
+
 def to_host(tensor: torch.Tensor) -> HostCopy:
     """Start copying a tensor to the host, behind the work that its device was given so far."""
     return HostCopy(tensor)

@@ -2,12 +2,14 @@
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.embedding import embed_rows
 from gpu_kernels.few_rows import (
     OpenNorm,
     skinny_gated_linear,
     skinny_linear,
     skinny_linear_add_norm,
 )
+from gpu_kernels.greedy import greedy_tokens
 from gpu_kernels.handover import receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
@@ -22,6 +24,8 @@ __all__ = [
     "OpenNorm",
     "add_rms_norm",
     "depart_rows",
+    "embed_rows",
+    "greedy_tokens",
     "host_pool_attention",
     "paged_decode_attention",
     "paged_decode_workspace_size",

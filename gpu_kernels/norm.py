@@ -19,6 +19,14 @@ MAX_HIDDEN_SIZE = 16384
 
 
 @triton.jit
+def normalised(x, weight, eps, HIDDEN_SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Returns a row behind its norm; what is beyond HIDDEN_SIZE must be 0."""
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / HIDDEN_SIZE + eps))
+    normed = (x * scale).to(dtype).to(tl.float32)
+    return (normed * weight).to(dtype)
+
+
+@triton.jit
 def rms_norm_kernel(
     out_ptr,
     x_ptr,
@@ -50,9 +58,8 @@ def rms_norm_kernel(
         total = x.to(dtype)
         tl.store(residual_ptrs, total, mask=mask)
         x = total.to(tl.float32)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / HIDDEN_SIZE + eps))
-    normed = (x * scale).to(dtype).to(tl.float32)
-    tl.store(out_ptr + row * stride_out + offs_c, (normed * weight).to(dtype), mask=mask)
+    out = normalised(x, weight, eps, HIDDEN_SIZE, dtype)
+    tl.store(out_ptr + row * stride_out + offs_c, out, mask=mask)
 
 
 def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -115,5 +122,10 @@ def _launch(
     rms_norm_kernel[(num_rows,)](
         out, x, second, weight, eps, out.stride(0), x.stride(0), second.stride(0),
         HIDDEN_SIZE=hidden_size, TILE_C=tile_c, HAS_RESIDUAL=residual is not None,
-        num_warps=min(16, max(1, tile_c // 512)), **pdl_options(x.device),
+        num_warps=norm_warps(tile_c), **pdl_options(x.device),
     )  # fmt: skip
+
+
+def norm_warps(tile_c: int) -> int:
+    """Warps of a program that normalises a row of so many elements, padding included."""
+    return min(16, max(1, tile_c // 512))

@@ -14,7 +14,9 @@ import torch
 from gpu_kernels import (
     activation,
     decode_attention,
+    embedding,
     few_rows,
+    greedy,
     handover,
     kv_store,
     kv_swap,
@@ -44,6 +46,8 @@ KERNELS: tuple[Any, ...] = (
     activation.silu_and_mul_kernel,
     few_rows.skinny_linear_kernel,
     few_rows.skinny_gated_linear_kernel,
+    embedding.embed_rows_kernel,
+    greedy.greedy_tokens_kernel,
 )
 SKINNY_ROWS = (16, 32)
 """One for each tile height that linear layers of a few rows are compiled for."""
@@ -58,6 +62,7 @@ class ModelShape:
     head_dim: int
     hidden_size: int
     intermediate_size: int
+    vocab_size: int
     block_size: int
     dtype: torch.dtype
     rotary_dim: int | None = None
@@ -244,5 +249,16 @@ def run_all_variants(shape: ModelShape, device: torch.device) -> list[CompiledKe
     )  # fmt: skip
     launch("norm", norm.rms_norm, hidden, hidden, hidden[0], 1e-6)
     launch("add and norm", norm.add_rms_norm, hidden, hidden, residual, hidden[0], 1e-6)
+    ids_and_sources = (positions, positions, positions)
+    last = (hidden[0], 1e-6)
+    launch("embed", embedding.embed_rows, hidden, residual, *ids_and_sources, hidden, *last)
+    launch(
+        "embed known tokens", embedding.embed_rows,
+        hidden, residual, positions, None, positions, hidden, *last,
+    )  # fmt: skip
+    launch(
+        "greedy tokens", greedy.greedy_tokens,
+        positions, positions[None], positions[:1], zeros(tokens, shape.vocab_size), counters,
+    )  # fmt: skip
     launch("silu and mul", activation.silu_and_mul, activated, gate_up)
     return launch.compiled

@@ -85,8 +85,6 @@ def bench_engine(output_lens: list[int]) -> list[Point]:
     name = "throughput, KV not capped, 1,000 in, 200 out"
     points.append(Point(name, rate, "requests/s", None, 25.87, 1.1 * 25.87))
     engine.close()
-    del engine
-    torch.cuda.empty_cache()
     engine = make_engine(KV_CAP_BLOCKS, CAPPED_CHUNK)
     throughput_requests_per_s(engine, 8, 10)
     for output_len in output_lens:

@@ -297,8 +297,6 @@ def throughput(
             }
         )
         engine.close()
-        del engine
-        torch.cuda.empty_cache()
     return rows
 
 

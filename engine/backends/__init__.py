@@ -9,6 +9,7 @@ from engine.backends.base import (
     LayerNorms,
     NextNorm,
     NormedRows,
+    SlottedTokens,
 )
 from engine.backends.select import make_backend, resolve_device
 
@@ -21,6 +22,7 @@ __all__ = [
     "LayerNorms",
     "NextNorm",
     "NormedRows",
+    "SlottedTokens",
     "make_backend",
     "resolve_device",
 ]

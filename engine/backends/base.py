@@ -81,6 +81,19 @@ class NormedRows:
 
 
 @dataclass(frozen=True, slots=True)
+class SlottedTokens:
+    """Where the host finds a step's tokens once the device has passed it.
+
+    Args:
+        token_ids: `[num_slots, most]`, int64, in memory that the device can write.
+        slot: `[1]`, int64, device; the row that is the step's.
+    """
+
+    token_ids: torch.Tensor
+    slot: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class HostPoolSize:
     """Blocks of the host pool, and most host-resident decodes of one sub-batch."""
 
@@ -230,6 +243,16 @@ class Backend(Protocol):
 
         Rotations are void and left afterwards; a step with other host-resident rows is to be ended.
         """
+
+    def embed(
+        self, batch: Batch, table: torch.Tensor, residual: torch.Tensor, norm: NextNorm
+    ) -> NormedRows:
+        """Write the embeddings of a batch's tokens to `residual`, `[T, H]`; return their norm."""
+
+    def greedy_tokens(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, on_host: SlottedTokens
+    ) -> None:
+        """Write the first likeliest token of each row to `token_ids`, `[L]`, and to the host."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised over its last dimension and scaled, in the dtype of `x`."""

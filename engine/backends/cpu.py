@@ -19,6 +19,7 @@ from engine.backends.base import (
     LayerNorms,
     NextNorm,
     NormedRows,
+    SlottedTokens,
 )
 from engine.backends.host_attention import HostAttention
 from engine.backends.marks import ClockMark
@@ -181,6 +182,25 @@ class CpuBackend:
         if self._host is not None:
             self._host.abandon_step(reason)
             self._host.forget_rotations()
+
+    def embed(
+        self, batch: Batch, table: torch.Tensor, residual: torch.Tensor, norm: NextNorm
+    ) -> NormedRows:
+        """Look tokens up and normalise; see `Backend`."""
+        ids = batch.input_ids
+        if batch.sources is not None:
+            assert batch.sampled is not None, "pending tokens come from the last step"
+            pending = batch.sampled[batch.sources.clamp(min=0)]
+            ids = torch.where(batch.sources < 0, ids, pending)
+        residual.copy_(F.embedding(ids, table))
+        return NormedRows(self.rms_norm(residual, norm.weight, norm.eps))
+
+    def greedy_tokens(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, on_host: SlottedTokens
+    ) -> None:
+        """Pick the likeliest tokens; see `Backend`."""
+        torch.argmax(logits, dim=-1, out=token_ids)
+        on_host.token_ids[int(on_host.slot), : len(token_ids)] = token_ids
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised and scaled; see `Backend`."""

@@ -16,6 +16,7 @@ from engine.backends.base import (
     LayerNorms,
     NextNorm,
     NormedRows,
+    SlottedTokens,
 )
 from engine.backends.channels import PinnedBuffers
 from engine.backends.cuda_staging import Staging
@@ -28,6 +29,8 @@ from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.paths import cache_dir
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.embedding import embed_rows
+from gpu_kernels.greedy import greedy_tokens
 from gpu_kernels.linear import LinearLayers
 from gpu_kernels.norm import rms_norm
 from gpu_kernels.pcie_attention import host_pool_attention
@@ -39,6 +42,8 @@ from gpu_kernels.warmup import ModelShape, precompile
 
 _MERGED_ROWS = 256
 """Decodes of a step, at most, whose splits are merged as they finish; more have no splits."""
+_NUM_COUNTERS = 2**16
+"""More than such decodes have KV heads together, and than a step samples tokens."""
 
 
 class CudaBackend:
@@ -54,12 +59,14 @@ class CudaBackend:
         self._num_threads = num_threads
         self._linear = LinearLayers(device)
         self._shape: AttentionShape | None = None
-        self._k_cache = self._v_cache = self._merge_counters = torch.empty(0)
+        self._k_cache = self._v_cache = torch.empty(0)
         self._kernels: CpuAttention | None = None
         self._cpus_before: set[int] | None = None
         self._host: HostAttention | None = None
         self._staging: Staging | None = None
         self._swaps: Swaps | None = None
+        # Of kernels that run one after the other, and leave them as they find them.
+        self._counters = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
         self._prefill_stream = torch.cuda.Stream(device)
         self._batches: Sequence[Batch] = ()
         # Rows of host-resident decodes are rotated like all others but stored by the CPU.
@@ -104,6 +111,7 @@ class CudaBackend:
                     head_dim=shape.head_dim,
                     hidden_size=config.hidden_size,
                     intermediate_size=config.intermediate_size,
+                    vocab_size=config.vocab_size,
                     block_size=shape.block_size,
                     dtype=shape.dtype,
                     has_qk_norm=config.qk_norm,
@@ -130,8 +138,6 @@ class CudaBackend:
         )
         self._k_cache = torch.zeros(size, dtype=shape.dtype, device=self.device)
         self._v_cache = torch.zeros(size, dtype=shape.dtype, device=self.device)
-        num_counters = _MERGED_ROWS * shape.num_kv_heads
-        self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=self.device)
         self._shape = shape
         if host is not None:
             self._make_host(shape, host)
@@ -234,6 +240,22 @@ class CudaBackend:
             self._host.forget_rotations()
         if self._staging is not None:
             self._staging.forget()
+
+    def embed(
+        self, batch: Batch, table: torch.Tensor, residual: torch.Tensor, norm: NextNorm
+    ) -> NormedRows:
+        """Look tokens up and normalise; see `Backend`."""
+        out = torch.empty_like(residual)
+        ids = batch.input_ids
+        sampled = ids if batch.sampled is None else batch.sampled
+        embed_rows(out, residual, ids, batch.sources, sampled, table, norm.weight, norm.eps)
+        return NormedRows(out)
+
+    def greedy_tokens(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, on_host: SlottedTokens
+    ) -> None:
+        """Pick the likeliest tokens; see `Backend`."""
+        greedy_tokens(token_ids, on_host.token_ids, on_host.slot, logits, self._counters)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `x` normalised and scaled; see `Backend`."""
@@ -446,7 +468,7 @@ class CudaBackend:
                 self._checked_shape().softmax_scale,
                 max_seq_len=rows.max_decode_len,
                 num_splits=rows.num_splits,
-                counters=self._merge_counters if count <= _MERGED_ROWS else None,
+                counters=self._counters if count <= _MERGED_ROWS else None,
             )
 
     def _attend_prefills(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from engine.backends import AttentionShape, Backend, LayerNorms, NextNorm, NormedRows
 from engine.batch import Batch
@@ -52,6 +51,7 @@ class DecoderModel:
         self._mlp_norms = [NextNorm(layer.mlp_norm, eps, layer.gate_up) for layer in layers]
         self._next_norms = [NextNorm(layer.input_norm, eps, layer.qkv) for layer in layers[1:]]
         self._next_norms.append(NextNorm(weights.final_norm, eps, None))
+        self._first_norm = NextNorm(layers[0].input_norm, eps, layers[0].qkv)
 
     def attention_shape(self, block_size: int) -> AttentionShape:
         """Return what the backend must know to make the KV cache."""
@@ -106,7 +106,10 @@ class DecoderModel:
         if batches[0].rotating is not None:
             [batch] = batches
             return [self._run_rotating(batch)]
-        lanes = [_Lane(*self._embed(batch)) for batch in batches]
+        lanes = []
+        for batch in batches:
+            residual = self._new_stream(batch.num_tokens)
+            lanes.append(_Lane(self._embed(batch, residual), residual))
         for layer in range(self.config.num_layers):
             for index, lane in enumerate(lanes):
                 self._finish_layer(index, layer - 1, lane)
@@ -116,11 +119,14 @@ class DecoderModel:
             self._finish_layer(index, self.config.num_layers - 1, lane)
         return [lane.normed.rows for lane in lanes]
 
-    def _embed(self, batch: Batch) -> tuple[NormedRows, torch.Tensor]:
-        """Return a batch's rows behind the first norm, and the residual stream, `[T, H]`."""
-        residual = F.embedding(batch.input_ids, self.weights.embedding)
-        weight, eps = self.weights.layers[0].input_norm, self.config.rms_norm_eps
-        return NormedRows(self._backend.rms_norm(residual, weight, eps)), residual
+    def _new_stream(self, num_rows: int) -> torch.Tensor:
+        """Return room for a residual stream."""
+        embedding = self.weights.embedding
+        return embedding.new_empty(num_rows, embedding.shape[1])
+
+    def _embed(self, batch: Batch, stream: torch.Tensor) -> NormedRows:
+        """Fill the residual stream, `[T, H]`, and return it behind the first norm."""
+        return self._backend.embed(batch, self.weights.embedding, stream, self._first_norm)
 
     def _run_rotating(self, batch: Batch) -> torch.Tensor:
         """Run a batch in which rotating rows come and go.
@@ -131,16 +137,15 @@ class DecoderModel:
         """
         rows = batch.rotating
         assert rows is not None, "there are rotating rows"
-        normed, embedded = self._embed(batch)
-        num_resident, num_rows = batch.num_resident_tokens, embedded.shape[0]
+        num_resident, num_rows = batch.num_resident_tokens, batch.num_tokens
         # One residual stream, with room for visitors behind the resident rows.
-        stream = embedded.new_empty(num_resident + rows.most_at_once, embedded.shape[1])
-        stream[:num_rows].copy_(embedded)
+        stream = self._new_stream(num_resident + rows.most_at_once)
+        normed = self._embed(batch, stream[:num_rows])
         for layer in range(self.config.num_layers):
             arriving = rows.arriving(layer)
             num_visitors = arriving.stop - arriving.start
             # If nobody departs, the CPU is to hear of it.
-            qkv = self.before_attention(layer, normed) if num_rows else embedded[:0]
+            qkv = self.before_attention(layer, normed) if num_rows else stream[:0]
             departing = slice(num_resident, num_rows)
             norms = self._norms[layer]
             self._backend.depart(layer, qkv[departing], stream[departing], self._cos_sin, norms)
@@ -148,7 +153,7 @@ class DecoderModel:
                 attended = self.start_attention(0, layer, qkv[:num_resident], num_visitors)
             else:
                 width = self.weights.layers[layer].out.shape[1]
-                attended = embedded.new_empty(num_visitors, width)
+                attended = stream.new_empty(num_visitors, width)
             num_rows = num_resident + num_visitors
             if num_visitors:
                 self._backend.arrive(layer, attended[num_resident:], stream[num_resident:num_rows])
@@ -206,10 +211,11 @@ class DecoderModel:
         )
 
     @torch.inference_mode()
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
+    def logits(self, states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the head's output for rows behind the final norm: `[L, vocab_size]`, their dtype.
 
         Args:
             states: `[L, H]`, from `run_layers`.
+            out: Where to; None makes room.
         """
-        return F.linear(states, self.weights.lm_head)
+        return torch.mm(states, self.weights.lm_head.t(), out=out)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from engine.errors import RequestError
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
+from tests.engine.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.ispc
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -133,3 +135,14 @@ def test_conversations(llm: LLM) -> None:
     assert both[0].outputs[0].text == alone.outputs[0].text
     with pytest.raises(RequestError, match="the chat template refuses the messages"):
         llm.chat([{"role": "user"}], GREEDY)
+
+
+def test_closing_gives_the_memory_back_whoever_holds_on_to_it(tmp_path: Path) -> None:
+    make_tiny_model("llama3.1", tmp_path)
+    options = {"load_format": "dummy", "device": "cpu", "max_model_len": 32, "threads": 1}
+    with LLM(str(tmp_path), **options) as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        embedding = weakref.ref(llm.engine.runner._model.weights.embedding)
+        assert embedding() is not None
+    assert llm.engine is not None
+    assert embedding() is None

@@ -26,7 +26,9 @@ from triton.runtime.jit import JITFunction
 from gpu_kernels import (
     activation,
     decode_attention,
+    embedding,
     few_rows,
+    greedy,
     handover,
     linear,
     merge_splits,
@@ -45,12 +47,13 @@ from tests.gpu_kernels.serving_shapes import launch_serving_shapes
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 PDL_MODULES = (
-    activation, decode_attention, linear, merge_splits, norm, rope_store, rotating_rows, few_rows
+    activation, decode_attention, linear, merge_splits, norm, rope_store, rotating_rows, few_rows,
+    embedding, greedy,
 )  # fmt: skip
 
 LLAMA_8B = {
     "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096,
-    "intermediate_size": 14336, "block_size": 16,
+    "intermediate_size": 14336, "vocab_size": 128256, "block_size": 16,
 }  # fmt: skip
 
 

@@ -63,6 +63,8 @@ CASES: dict[str, Callable[[], None]] = {
     "norm_between_linears": lambda: checks.check_norm_between_linears(
         3, 384, 256, 128, with_bias=True, device="cpu"
     ),
+    "embedding": lambda: checks.check_embedding(3, 40, device="cpu"),
+    "greedy_tokens": lambda: checks.check_greedy_tokens(3, 20_000, device="cpu"),
     "silu": lambda: checks.check_silu(2, 40, device="cpu"),
 }  # fmt: skip
 

@@ -11,12 +11,14 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.embedding import embed_rows
 from gpu_kernels.few_rows import (
     NUM_COUNTERS,
     skinny_gated_linear,
     skinny_linear,
     skinny_linear_add_norm,
 )
+from gpu_kernels.greedy import TILE_N, greedy_tokens
 from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
@@ -523,3 +525,53 @@ def check_norm_between_linears(
     gated = poisoned(residual[:, None, :1].expand(-1, 1, n // 2))[:, 0]
     skinny_gated_linear(gated, scaled, reader, biases[1], open_norm)
     oracle.assert_close(gated, oracle.silu_and_mul(exact), oracle.silu_and_mul(plain))
+
+
+def check_embedding(
+    num_rows: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """Checks known tokens and, for every other row, those that a step before it sampled."""
+    table = random_rows(7, 1, hidden_size, dtype, device, seed=1)[:, 0].contiguous()
+    weight = 1 + 0.3 * random_rows(1, 1, hidden_size, dtype, device, seed=2)[0, 0]
+    ids = torch.arange(num_rows, device=device) * 5 % 7
+    sampled = torch.tensor([3, 6, 0, 2], device=device)
+    sources = torch.arange(num_rows, device=device) % 4
+    sources[1::2] = -1
+    for given, tokens in ((None, ids), (sources, torch.where(sources < 0, ids, sampled[sources]))):
+        out, residual = (poisoned(table[tokens][:, None])[:, 0] for _ in range(2))
+        embed_rows(out, residual, ids, given, sampled, table, weight, 1e-5)
+        assert torch.equal(residual, table[tokens])
+        exact = oracle.rms_norm(table[tokens].float(), weight.float(), 1e-5)
+        oracle.assert_close(out, exact, oracle.rms_norm(table[tokens], weight, 1e-5))
+
+
+def check_greedy_tokens(
+    num_rows: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> None:
+    """Checks that the first of equals counts, at borders of chunks, too; run twice."""
+    logits = random_rows(num_rows, 1, vocab_size, dtype, device, seed=1)[:, 0]
+    last = vocab_size - 1
+    winners = [[last], [0, last], [min(TILE_N, last), last], [min(TILE_N - 1, last), last], [1]]
+    for row, ids in zip(range(num_rows), winners, strict=False):
+        logits[row, ids] = 100.0
+    if num_rows > 5:
+        logits[5, 2] = float("nan")
+        logits[6] = float("-inf")
+    expected = [int((row == row.max()).nonzero()[0]) for row in logits.nan_to_num(nan=torch.inf)]
+    counters = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+    on_host = torch.full((3, num_rows + 2), -7, pin_memory=device == "cuda")
+    for slot in (2, 0):
+        token_ids = torch.full((num_rows,), -7, device=device)
+        greedy_tokens(token_ids, on_host, torch.tensor([slot], device=device), logits, counters)
+        assert token_ids.tolist() == expected
+        assert on_host.tolist()[slot] == [*expected, -7, -7]
+    assert on_host.tolist()[1] == [-7] * (num_rows + 2)
+    assert not counters.any()

@@ -4,7 +4,9 @@ import torch
 
 from gpu_kernels.activation import silu_and_mul
 from gpu_kernels.decode_attention import paged_decode_attention
+from gpu_kernels.embedding import embed_rows
 from gpu_kernels.few_rows import OpenNorm
+from gpu_kernels.greedy import greedy_tokens
 from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
@@ -87,6 +89,12 @@ def launch_serving_shapes(shape: ModelShape, device: str) -> None:
         host_pool_attention(out.flatten(1), qkv, entries, ids, *pools_of_all, 0.1)
         rms_norm(hidden, hidden, hidden[0].clone(), 1e-5)
         add_rms_norm(hidden, hidden, hidden.clone(), hidden[0].clone(), 1e-5)
+        ids = (slots.zero_(), slots, slots)
+        embed_rows(hidden.clone(), hidden, *ids, hidden, hidden[0].clone(), 1e-5)
+        embed_rows(hidden.clone(), hidden, slots, None, slots, hidden, hidden[0].clone(), 1e-5)
+        logits = torch.zeros(num_rows, shape.vocab_size, dtype=shape.dtype, device=device)
+        on_host = torch.zeros(2, num_rows + offset, dtype=torch.int64, **pinned)
+        greedy_tokens(slots, on_host, slots[:1].clone(), logits, counters)
         sizes = (num_rows, 2 * shape.intermediate_size)
         gate_up = torch.zeros(sizes, dtype=shape.dtype, device=device)
         silu_and_mul(gate_up[:, : shape.intermediate_size].clone(), gate_up)

@@ -120,6 +120,22 @@ def gated_args(n: int = N) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name != "counters"}
 
 
+def embed_args(n: int = N) -> dict[str, Any]:
+    ids = {name: zeros(n, dtype=I64) for name in ("input_ids", "sources", "sampled")}
+    rows = {"out": zeros(n, D), "residual": zeros(n, D)}
+    return rows | ids | {"table": zeros(9, D), "weight": zeros(D), "eps": 1e-6}
+
+
+def greedy_args(n: int = N) -> dict[str, Any]:
+    return {
+        "token_ids": zeros(n, dtype=I64),
+        "host_token_ids": zeros(2, N + 1, dtype=I64),
+        "slot": zeros(1, dtype=I64),
+        "logits": zeros(n, 99),
+        "counters": zeros(N, dtype=I32),
+    }
+
+
 OPEN_NORM = gpu_kernels.OpenNorm(zeros(2, N + 1, dtype=torch.float32), 1e-6)
 
 
@@ -141,6 +157,8 @@ LAUNCHERS: dict[str, tuple[Any, Any]] = {
     "pcie": (gpu_kernels.host_pool_attention, pcie_args),
     "norm": (gpu_kernels.rms_norm, norm_args),
     "add_norm": (gpu_kernels.add_rms_norm, add_norm_args),
+    "embed": (gpu_kernels.embed_rows, embed_args),
+    "greedy": (gpu_kernels.greedy_tokens, greedy_args),
     "silu": (gpu_kernels.silu_and_mul, silu_args),
     "skinny": (gpu_kernels.skinny_linear, skinny_args),
     "skinny_norm": (gpu_kernels.skinny_linear_add_norm, skinny_norm_args),
@@ -211,6 +229,14 @@ WRONG_VALUES = [
     ("rope", {"q_norm_weight": zeros(D), "k_norm_weight": zeros(D, dtype=F32)}, "k_norm_weight"),
     ("norm", {"x": zeros(N, 16385), "out": zeros(N, 16385)}, "hidden_size"),
     ("silu", {"gate_up": zeros(N, 7)}, "width"),
+    ("embed", {"sources": zeros(N + 1, dtype=I64)}, "sources"),
+    ("embed", {"sampled": zeros(2 * N, dtype=I64)[::2]}, "sampled"),
+    ("embed", {"table": zeros(9, 2 * D)[:, ::2]}, "table"),
+    ("embed", {"residual": zeros(N, D + 1)}, "residual"),
+    ("greedy", {"host_token_ids": zeros(2, N - 1, dtype=I64)}, "host_token_ids"),
+    ("greedy", {"counters": zeros(N - 1, dtype=I32)}, "counters"),
+    ("greedy", {"slot": zeros(2, dtype=I64)}, "slot"),
+    ("greedy", {"logits": zeros(99, N).t()}, "logits"),
     ("skinny", {"weight": zeros(64, 256)}, "x and weight"),
     ("skinny", {"open_norm": OPEN_NORM}, "squares"),
     ("gated", {"open_norm": OPEN_NORM}, "squares"),

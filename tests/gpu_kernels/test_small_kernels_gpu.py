@@ -10,6 +10,8 @@ from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.warmup import ModelShape, count_compiled_variants, precompile
 from tests.gpu_kernels.gpu import DTYPES, MARKS
 from tests.gpu_kernels.kernel_checks import (
+    check_embedding,
+    check_greedy_tokens,
     check_handover,
     check_norm,
     check_norm_between_linears,
@@ -131,6 +133,20 @@ def test_norms(hidden_size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_size", [8, 576, 4096, 5120])
+def test_embedding(hidden_size: int, dtype: torch.dtype) -> None:
+    for num_rows in (1, 33):
+        check_embedding(num_rows, hidden_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [3, 8192, 49152, 128256])
+def test_greedy_tokens(vocab_size: int, dtype: torch.dtype) -> None:
+    for num_rows in (1, 33):
+        check_greedy_tokens(num_rows, vocab_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("intermediate_size", [8, 1536, 11008])
 def test_silu(intermediate_size: int, dtype: torch.dtype) -> None:
     for num_rows in (1, 33):
@@ -141,6 +157,7 @@ def test_silu(intermediate_size: int, dtype: torch.dtype) -> None:
 def test_after_precompile_serving_compiles_nothing(has_qk_norm: bool) -> None:
     shape = ModelShape(
         num_q_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536,
+        vocab_size=49152,
         block_size=16, dtype=torch.float16, has_qk_norm=has_qk_norm,
     )  # fmt: skip
     assert precompile(shape, torch.device("cuda"))
