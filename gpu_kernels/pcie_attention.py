@@ -25,6 +25,9 @@ from gpu_kernels.tiles import next_power_of_2
 
 NUM_PROGRAMS = 8
 NUM_STAGES = 8
+_MAX_TILE_BYTES = 2**13
+"""Of a block's K in one head, for so many stages. Larger ones are more bytes on their way with half
+of them, and would not fit shared memory with all (head_dim 128, float32, blocks of 64: 236 KiB)."""
 ENTRY_FIELDS = 4
 
 
@@ -115,7 +118,7 @@ def host_pool_attention(
     softmax_scale: float,
     *,
     num_programs: int = NUM_PROGRAMS,
-    num_stages: int = NUM_STAGES,
+    num_stages: int | None = None,
     num_warps: int | None = None,
 ) -> None:
     """Computes attention of new tokens over K and V that are in the host pool but for their own.
@@ -136,7 +139,7 @@ def host_pool_attention(
         v_host: [num_host_blocks, num_kv_heads, block_size, head_dim], likewise.
         softmax_scale: Factor on q·k before the softmax.
         num_programs: More get more of PCIe's bandwidth, and disturb other kernels more.
-        num_stages: Of the software pipeline.
+        num_stages: Of the software pipeline; None: as many as PCIe needs and shared memory holds.
         num_warps: Of a program; None: as few as have registers for its sums.
 
     Raises:
@@ -167,6 +170,9 @@ def host_pool_attention(
     num_entries = entries.shape[1]
     if num_entries == 0:
         return
+    if num_stages is None:
+        tile_bytes = next_power_of_2(head_dim) * block_size * sent.element_size()
+        num_stages = NUM_STAGES if tile_bytes <= _MAX_TILE_BYTES else NUM_STAGES // 2
     if num_warps is None:
         num_warps = 1 if head_dim <= 128 and sent.dtype != torch.float32 else 4
     host_pool_attention_kernel[(num_programs,)](

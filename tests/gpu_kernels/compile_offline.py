@@ -2,7 +2,8 @@
 
 The launchers run as they are, on CPU tensors, with a driver that only names a target and with
 launches stopped after compilation: `python -m tests.gpu_kernels.compile_offline [capability]`, with
---all for all head_dims and dtypes, --serving to add the launches that must compile nothing new.
+--all for all head_dims and dtypes, --large for the largest tiles, --serving to add the launches
+that must compile nothing new.
 Prints a JSON line a kernel: registers, spilled bytes, shared memory, matrix instructions.
 """
 
@@ -140,6 +141,9 @@ def compile_all(shape: ModelShape, capability: int, serving: bool) -> list[dict[
 def main() -> None:
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     shapes = [ModelShape(**LLAMA_8B, dtype=torch.bfloat16)]
+    if "--large" in sys.argv:
+        sizes = {**LLAMA_8B, "head_dim": 256, "block_size": 64}
+        shapes = [ModelShape(**sizes, dtype=torch.float32)]
     if "--all" in sys.argv:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):

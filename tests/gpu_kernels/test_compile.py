@@ -43,5 +43,11 @@ def test_attention_over_pcie_leaves_room_for_others(kernels: list[dict[str, Any]
     assert row["shared_bytes"] + 2 * 96 * 1024 <= HOPPER_SHARED_BYTES
 
 
+def test_attention_over_pcie_fits_with_the_largest_tiles() -> None:
+    rows = json_lines("tests.gpu_kernels.compile_offline", "90", "--large")
+    [row] = [row for row in rows if row["kernel"] == "host_pool_attention_kernel"]
+    assert row["shared_bytes"] <= HOPPER_SHARED_BYTES
+
+
 def test_run_time_values_compile_nothing_new(kernels: list[dict[str, Any]]) -> None:
     assert [row for row in kernels if row["phase"] == "serving"] == []
