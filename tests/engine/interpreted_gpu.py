@@ -3,11 +3,13 @@
 What it shows is that backend, kernels and engine fit together: shapes, rows, blocks, orders and
 answers. What only a GPU has it cannot show: concurrency, and graphs. A process of its own, because
 TRITON_INTERPRET counts only before triton is imported:
-`TRITON_INTERPRET=1 python -m tests.engine.interpreted_gpu FOLDER` serves a few requests in every
-mode and prints a JSON line a case: tokens by the CUDA backend and by the CPU backend.
+`TRITON_INTERPRET=1 python -m tests.engine.interpreted_gpu FOLDER OTHER` serves a few requests in
+every mode and prints a JSON line a case: tokens by the CUDA backend and by the CPU backend. OTHER's
+sizes are such that linear layers have kernels of their own.
 """
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -24,8 +26,10 @@ from engine.backends.cuda import CudaBackend
 from engine.batch_builder import BatchBuilder
 from engine.cost_model import TableCostModel
 from engine.llm import LLM
+from engine.models.weights import ModelWeights
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from gpu_kernels import linear
 from tests.engine.cost_tables import make_cost_model
 from tests.engine.played_gpu import let_device_attend, use_static_buffers
 
@@ -44,6 +48,12 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "pcie attention, static": (True, {"mode": "overlap", "pcie_attention": True, **OFFLOADED}),
 }
 """Whether steps run from the buffers that graphs read, and the engine's options."""
+OWN_LINEAR = {"dtype": "float16"}
+OWN_LINEAR_CASES: dict[str, dict[str, Any]] = {
+    "own linear layers": {"mode": "gpu-only", **OWN_LINEAR},
+    "own linear layers, overlap": {"mode": "overlap", **OFFLOADED, **OWN_LINEAR},
+}
+"""Those whose linear layers of few rows, and the norms between them, are NEO's kernels, too."""
 
 
 class PlayedStream:
@@ -102,17 +112,27 @@ def cuda_backend_on_cpu(*, captures: bool) -> Iterator[None]:
         yield
 
 
+def telling_weights(weights: ModelWeights, seed: int) -> None:
+    """Fill the parameters so that it shows which matrix, norm or bias was taken."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, target in weights.targets.items():
+        is_norm = name.endswith("norm.weight")
+        target.normal_(float(is_norm), 0.3 if is_norm else 0.1, generator=generator)
+
+
 def serve(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Serve all prompts and return their tokens, and what was done for them."""
 
     def measured(runner: ModelRunner, *args: object) -> TableCostModel:
         return make_cost_model(num_layers=runner.model_config.num_layers)
 
-    with mock.patch("engine.cost_tables.load_or_profile", measured), mock.patch.object(
+    with mock.patch("engine.cost_tables.load_or_profile", measured), mock.patch(
+        "engine.runner.make_dummy_weights", telling_weights
+    ), mock.patch.object(
         cuda, "host_pool_attention", side_effect=cuda.host_pool_attention
     ) as attend, LLM(
-        str(folder), device="cpu", load_format="dummy", dtype="float32", max_model_len=32,
-        max_num_seqs=8, threads=1, **{"max_num_batched_tokens": 32, **options},
+        str(folder), device="cpu", max_model_len=32, max_num_seqs=8, threads=1,
+        load_format="dummy", **{"dtype": "float32", "max_num_batched_tokens": 32, **options},
     ) as llm:  # fmt: skip
         outputs = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, PARAMS)]
         assert llm.engine.runner.pool.num_used == 0
@@ -125,9 +145,26 @@ def serve(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         }
 
 
+@contextlib.contextmanager
+def own_linear_layers() -> Iterator[mock.Mock]:
+    """Let few rows be computed as on a large GPU, in float16; provides the fused kernel's calls."""
+    patch = functools.partial(mock.patch.object, linear)
+    fused = patch("skinny_linear_add_norm", side_effect=linear.skinny_linear_add_norm)
+    large_gpu = patch("pdl_options", return_value={"USE_PDL": True})
+    with large_gpu, patch("OPEN_DTYPES", (torch.float16,)), fused as calls:
+        yield calls
+
+
 def main() -> None:
     """Serves by the CPU backend once, then every case by the CUDA backend."""
-    folder = Path(sys.argv[1])
+    folder, other = Path(sys.argv[1]), Path(sys.argv[2])
+    expected = serve(other, {"mode": "gpu-only", **OWN_LINEAR})["got"]
+    for name, options in OWN_LINEAR_CASES.items():
+        with cuda_backend_on_cpu(captures=True), pytest.MonkeyPatch.context() as patch:
+            use_static_buffers(patch)
+            with own_linear_layers() as fused:
+                result = {"case": name, "expected": expected} | serve(other, options)
+        print(json.dumps(result | {"fused_launches": fused.call_count}), flush=True)
     expected = serve(folder, {"mode": "gpu-only"})["got"]
     for name, (is_static, options) in CASES.items():
         start = time.perf_counter()
