@@ -254,9 +254,6 @@ class Backend(Protocol):
     ) -> None:
         """Write the first likeliest token of each row to `token_ids`, `[L]`, and to the host."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return `x` normalised over its last dimension and scaled, in the dtype of `x`."""
-
     def linear(
         self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

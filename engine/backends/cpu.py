@@ -193,7 +193,7 @@ class CpuBackend:
             pending = batch.sampled[batch.sources.clamp(min=0)]
             ids = torch.where(batch.sources < 0, ids, pending)
         residual.copy_(F.embedding(ids, table))
-        return NormedRows(self.rms_norm(residual, norm.weight, norm.eps))
+        return NormedRows(_rms_norm(residual, norm.weight, norm.eps))
 
     def greedy_tokens(
         self, logits: torch.Tensor, token_ids: torch.Tensor, on_host: SlottedTokens
@@ -201,12 +201,6 @@ class CpuBackend:
         """Pick the likeliest tokens; see `Backend`."""
         torch.argmax(logits, dim=-1, out=token_ids)
         on_host.token_ids[int(on_host.slot), : len(token_ids)] = token_ids
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return `x` normalised and scaled; see `Backend`."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return weight * wide.to(x.dtype)
 
     def linear(
         self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
@@ -231,7 +225,7 @@ class CpuBackend:
     ) -> NormedRows:
         """Add in place and normalise; see `Backend`."""
         residual += F.linear(x, weight, bias)
-        return NormedRows(self.rms_norm(residual, norm.weight, norm.eps))
+        return NormedRows(_rms_norm(residual, norm.weight, norm.eps))
 
     def start_attention(
         self,
@@ -304,8 +298,8 @@ class CpuBackend:
         heads = [shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads]
         q, k, v = qkv.view(qkv.shape[0], -1, shape.head_dim).split(heads, dim=1)
         if norms is not None:
-            q = self.rms_norm(q, norms.q, norms.eps)
-            k = self.rms_norm(k, norms.k, norms.eps)
+            q = _rms_norm(q, norms.q, norms.eps)
+            k = _rms_norm(k, norms.k, norms.eps)
         cos, sin = cos_sin[positions].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
@@ -380,6 +374,13 @@ class CpuBackend:
             self._host.close()
             self._host = None
         self._kernels.close()
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise over the last dimension and scale, in the dtype of `x`."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

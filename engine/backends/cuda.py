@@ -32,7 +32,6 @@ from gpu_kernels.decode_attention import paged_decode_attention
 from gpu_kernels.embedding import embed_rows
 from gpu_kernels.greedy import greedy_tokens
 from gpu_kernels.linear import LinearLayers
-from gpu_kernels.norm import rms_norm
 from gpu_kernels.pcie_attention import host_pool_attention
 from gpu_kernels.prefill_attention import paged_prefill_attention
 from gpu_kernels.rope_store import rope_store_kv
@@ -41,7 +40,7 @@ from gpu_kernels.tiles import decode_num_splits, num_multiprocessors
 from gpu_kernels.warmup import ModelShape, precompile
 
 _MERGED_ROWS = 256
-"""Decodes of a step, at most, whose splits are merged as they finish; more have no splits."""
+"""Decodes of a step, at most, whose splits are merged as they finish; more hardly have any."""
 _NUM_COUNTERS = 2**16
 """More than such decodes have KV heads together, and than a step samples tokens."""
 
@@ -256,12 +255,6 @@ class CudaBackend:
     ) -> None:
         """Pick the likeliest tokens; see `Backend`."""
         greedy_tokens(token_ids, on_host.token_ids, on_host.slot, logits, self._counters)
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return `x` normalised and scaled; see `Backend`."""
-        out = torch.empty_like(x)
-        rms_norm(out, x, weight, eps)
-        return out
 
     def linear(
         self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None

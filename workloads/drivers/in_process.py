@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.config import EngineConfig
 from engine.cost_tables import load_or_profile
 from engine.errors import RequestError
@@ -91,12 +89,9 @@ class InProcessSession:
 
     def close(self) -> None:
         """Give all memory back: the next engine may need it while somebody still holds this."""
+        gc.unfreeze()
         self._engine.close()
         del self._engine
-        gc.unfreeze()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def write_tables(self, path: Path, on_progress: OnProgress) -> None:
         """Write the engine's measured cost tables."""
