@@ -41,6 +41,12 @@ from gpu_kernels.warmup import ModelShape, precompile
 
 _MERGED_ROWS = 256
 """Decodes of a step, at most, whose splits are merged as they finish; more hardly have any."""
+_ROOM_OUT = 4
+_ROOM_BOTH_WAYS = 12
+"""Multiprocessors for copies to the host, and for those from it, too: some more than their programs
+take, as kernels for 128 or 120 of 132 suit the sizes of linear layers."""
+_LEAST_PER_ROOM = 10
+"""On a GPU with fewer of them, copies get a tenth at most."""
 _NUM_COUNTERS = 2**16
 """More than such decodes have KV heads together, and than a step samples tokens."""
 
@@ -192,6 +198,8 @@ class CudaBackend:
     def announce(self, batches: Sequence[Batch]) -> None:
         """Say what the calls that follow are about; see `Backend`."""
         self._batches = batches
+        room = max(map(_room_for_copies, batches), default=0)
+        self._linear.room = min(room, num_multiprocessors(self.device) // _LEAST_PER_ROOM)
         if self._host is not None:
             self._host.announce(batches)
 
@@ -292,7 +300,9 @@ class CudaBackend:
         """Rotate, store and attend; see `Backend`."""
         batch, shape = self._batches[lane], self._checked_shape()
         if self._swaps is not None:
-            self._swaps.wait_for(layer)
+            prefills = batch.host_prefills
+            is_ahead = prefills is not None and prefills.prefix is not None
+            self._swaps.wait_for(min(layer + is_ahead, shape.num_layers - 1))
         out = qkv.new_empty(qkv.shape[0] + num_visitors, shape.num_q_heads, shape.head_dim)
         if batch.host_decodes is not None:
             # First, so that the CPU's work begins as early as it can.
@@ -497,6 +507,13 @@ class CudaBackend:
             os.sched_setaffinity(0, self._cpus_before)
             self._cpus_before = None
         self._host = self._kernels = self._staging = self._swaps = None
+
+
+def _room_for_copies(batch: Batch) -> int:
+    """Return the multiprocessors that a batch's linear layers are to leave to copies of prompts."""
+    if batch.host_prefills is None:
+        return 0
+    return _ROOM_OUT if batch.host_prefills.prefix is None else _ROOM_BOTH_WAYS
 
 
 def _norm_options(norms: LayerNorms | None) -> dict[str, Any]:

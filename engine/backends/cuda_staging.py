@@ -2,7 +2,8 @@
 
 A chunk's K and V of one layer are written to staging blocks, which look like a pool of one layer,
 attended to there, and copied to the host pool on a side stream while the next layers compute. A
-cached prefix is fetched into the same blocks beforehand. Layers take turns with two buffers a lane.
+cached prefix is fetched into the same blocks on another one, a layer ahead. So layers take turns
+with three buffers a lane: one that is filled, one attended to, one that is emptied.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,11 @@ from engine.backends.host_attention import HostAttention
 from engine.batch import HostPrefillRows, StagedCopy
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 
-_NUM_BUFFERS = 2
-_PROGRAMS_IN = 32
-"""Of a copy from the host: prefill attention waits for it, decode attention runs beside it."""
-_PROGRAMS_OUT = 4
-"""Of a copy to the host beside a step. If they want to write more than PCIe takes, all that the
-device reads and writes waits: decode steps of Llama-3-8B on an H200 took 1.82, 1.48 and 1.21 times
-as long beside a copy with a program for each piece, 16 and 8."""
+_NUM_BUFFERS = 3
+_PROGRAMS_IN = 8
+_PROGRAMS_OUT = 2
+"""Of a copy beside a step with prompts, for 50 and 43 GB/s. Each keeps linear layers off a
+multiprocessor, and these have work for all of them once or twice: see `gpu_kernels.linear`."""
 
 
 @dataclass(slots=True)
@@ -29,11 +28,12 @@ class _Buffer:
 
     k: torch.Tensor
     v: torch.Tensor
+    fetched: torch.cuda.Event
     copied: torch.cuda.Event
 
 
 class Staging:
-    """Staging blocks and the stream that empties them.
+    """Staging blocks and the streams that fill and empty them.
 
     Args:
         shape: The heads.
@@ -45,7 +45,8 @@ class Staging:
         self._shape = shape
         self._host = host
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream_in = torch.cuda.Stream(device)
+        self._stream_out = torch.cuda.Stream(device)
         self._buffers: dict[tuple[int, int], _Buffer] = {}
         self._fixed: dict[tuple[int, int], _Buffer] = {}
         self._used: set[tuple[int, int]] = set()
@@ -70,26 +71,48 @@ class Staging:
             K and V, `[num_blocks, num_kv_heads, block_size, head_dim]`.
         """
         buffer = self._buffer(lane, layer, prefills.num_staging_blocks)
-        if (lane, layer % _NUM_BUFFERS) in self._used:
-            torch.cuda.current_stream(self._device).wait_event(buffer.copied)
-        if prefills.prefix is not None:
-            self._copy(buffer, layer, prefills.prefix, to_host=False)
+        current = torch.cuda.current_stream(self._device)
+        if prefills.prefix is None:
+            self._wait_until_empty(current, lane, layer, buffer)
+        else:
+            if layer == 0:
+                self._fetch(lane, layer, prefills)
+            current.wait_event(buffer.fetched)
+            if layer + 1 < self._shape.num_layers:
+                self._fetch(lane, layer + 1, prefills)
         return buffer.k[0], buffer.v[0]
+
+    def _fetch(self, lane: int, layer: int, prefills: HostPrefillRows) -> None:
+        """Start to fetch a layer's prefix, behind the attention that its buffer was used for."""
+        assert prefills.prefix is not None, "there is a prefix"
+        buffer = self._buffer(lane, layer, prefills.num_staging_blocks)
+        self._stream_in.wait_stream(torch.cuda.current_stream(self._device))
+        self._wait_until_empty(self._stream_in, lane, layer, buffer)
+        with torch.cuda.stream(self._stream_in):
+            self._copy(buffer, layer, prefills.prefix, to_host=False)
+            buffer.fetched.record(self._stream_in)
+
+    def _wait_until_empty(
+        self, stream: torch.cuda.Stream, lane: int, layer: int, buffer: _Buffer
+    ) -> None:
+        """Let later work of a stream begin when what a buffer held in this step is on the host."""
+        if (lane, layer % _NUM_BUFFERS) in self._used:
+            stream.wait_event(buffer.copied)
 
     def end_layer(self, lane: int, layer: int, prefills: HostPrefillRows) -> None:
         """Copy what was written to the host pool, behind the work that follows."""
         buffer = self._buffer(lane, layer, prefills.num_staging_blocks)
         assert prefills.written is not None, "chunks that go to the host leave staging"
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._stream_out.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream_out):
             self._copy(buffer, layer, prefills.written, to_host=True)
-            buffer.copied.record(self._stream)
+            buffer.copied.record(self._stream_out)
         self._used.add((lane, layer % _NUM_BUFFERS))
 
     def join(self) -> None:
         """Let later work of the current stream begin after all copies."""
         if self._used:  # else there is nothing to wait for, which a graph could not capture
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream_out)
             self._used.clear()
 
     def forget(self) -> None:
@@ -112,7 +135,7 @@ class Staging:
         shape = self._shape
         size = (1, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         k = torch.zeros(size, dtype=shape.dtype, device=self._device)
-        return _Buffer(k, torch.zeros_like(k), torch.cuda.Event())
+        return _Buffer(k, torch.zeros_like(k), torch.cuda.Event(), torch.cuda.Event())
 
     def _copy(self, buffer: _Buffer, layer: int, blocks: StagedCopy, *, to_host: bool) -> None:
         staged = (buffer.k, buffer.v, blocks.staging_ids)

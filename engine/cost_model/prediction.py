@@ -21,12 +21,11 @@ from engine.step_plan import StepPrediction, SubBatch
 _ARRIVING_SHARE = 0.1
 """Of the time of requests that come to the device beside the layers, what these take longer: an
 H200 took 6.5 instead of 6.0 ms beside 47 GB/s."""
-_PROMPT_COPY_SLOWNESS = 1.7
-"""Prompts are copied to the host more slowly than swaps, 30 instead of 50 GB/s on an H200, so that
+_PROMPT_COPY_SLOWNESS = 1.2
+"""Prompts are copied to the host more slowly than swaps, 43 instead of 50 GB/s on an H200, so that
 the layers beside them hardly notice."""
-_PROMPT_COPY_SHARE = 0.17
-"""Of that time, what the layers of a step with rotating rows take longer: 20.3 instead of 17.9 ms
-for 732 tokens of Llama-2-7B, 15.9 instead of 15.7 for 460 of Llama-3-8B (H200)."""
+_PROMPT_COPY_SHARE = 0.05
+"""Of that time, what the layers of a step with rotating rows take longer."""
 _DIRECT_SLOWNESS = 1.1
 """What attention over PCIe takes, of a copy of the same K and V: 47 instead of 51.4 GB/s on an
 H200."""
@@ -281,10 +280,9 @@ def predict(
         if load.num_rows or load.num_rotating
     ]
     layers_s, exposed_s = pipeline_s(stages, model.num_layers) if stages else (0.0, 0.0)
-    # Prompts go to the host beside the layers; what was computed of them before comes back first,
-    # and each layer waits for its part.
-    out_tokens = sum(load.copy_out_tokens for load in loads)
-    copies_s = _PROMPT_COPY_SLOWNESS * model.swap_s(out_tokens)
+    # Prompts go to the host beside the layers; what was computed of them before comes back a layer
+    # ahead.
+    copies_s = _PROMPT_COPY_SLOWNESS * model.swap_s(sum(load.copy_out_tokens for load in loads))
     prefix_s = model.swap_s(sum(load.copy_in_tokens for load in loads))
     launch_s = 0.0 if is_graph else _launch_s(model, loads)
     num_decodes = sum(load.num_decodes for load in loads)
@@ -292,10 +290,11 @@ def predict(
     swap_s = model.swap_s(swap_tokens)
     exposed_swap_s = swap_s if is_graph else _SWAP_LEAD_LAYERS / model.num_layers * swap_s
     arriving_s = model.swap_s(arriving_tokens)
-    layers_s += prefix_s + _ARRIVING_SHARE * arriving_s
+    layers_s += _ARRIVING_SHARE * arriving_s
     if any(load.num_rotating for load in loads):
-        layers_s += _PROMPT_COPY_SHARE * copies_s
-    device_s = max(layers_s, copies_s, launch_s, arriving_s, swap_s) + min(swap_s, exposed_swap_s)
+        layers_s += _PROMPT_COPY_SHARE * (copies_s + prefix_s)
+    incoming_s = max(prefix_s, arriving_s)
+    device_s = max(layers_s, copies_s, incoming_s, launch_s, swap_s) + min(swap_s, exposed_swap_s)
     device_s += model.fixed_step_s(num_sampled)
     num_rotating = sum(load.num_rotating for load in loads)
     rotating_tokens = sum(load.rotating_tokens for load in loads)
@@ -316,7 +315,7 @@ def predict(
         handover_s=n * sum(handovers),
         exposed_cpu_s=exposed_s + step_s - device_s,
         tokens_per_s=value / step_s if step_s > 0 else 0.0,
-        prompt_copy_s=copies_s,
+        prompt_copy_s=max(copies_s, prefix_s),
         launch_s=launch_s,
         fixed_s=model.fixed_step_s(num_sampled),
         arriving_s=arriving_s,

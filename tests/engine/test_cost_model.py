@@ -131,8 +131,10 @@ def test_copies_of_prompts_hide_behind_the_layers_unless_they_are_longer() -> No
     exposed = predict(model, [replace(load, copy_out_tokens=900)])
     assert exposed.prompt_copy_s > model.swap_s(900)
     assert exposed.step_s == pytest.approx(exposed.prompt_copy_s + 1e-4)
-    again = predict(model, [replace(load, copy_in_tokens=900)])
-    assert again.step_s == pytest.approx(hidden.step_s + model.swap_s(900))
+    again = predict(model, [replace(load, copy_in_tokens=200)])
+    assert again.step_s == pytest.approx(hidden.step_s)
+    fetched = predict(model, [replace(load, copy_in_tokens=900)])
+    assert fetched.step_s == pytest.approx(model.swap_s(900) + 1e-4)
 
 
 def test_copies_of_prompts_lengthen_steps_of_a_rotation() -> None:
@@ -140,7 +142,7 @@ def test_copies_of_prompts_lengthen_steps_of_a_rotation() -> None:
     load = SubBatchLoad(num_prefill_tokens=500, num_rotating=4, rotating_tokens=40)
     plain, copies = (predict(model, [replace(load, copy_out_tokens=n)]) for n in (0, 500))
     longer_s = copies.step_s - plain.step_s
-    assert 0.1 * copies.prompt_copy_s < longer_s < 0.3 * copies.prompt_copy_s
+    assert 0 < longer_s < 0.1 * copies.prompt_copy_s
 
 
 def test_moves_hide_behind_all_but_the_first_layers_except_in_graphs() -> None:

@@ -21,7 +21,7 @@ from gpu_kernels.few_rows import (
 from gpu_kernels.greedy import TILE_N, greedy_tokens
 from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
-from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
+from gpu_kernels.kv_swap import NUM_PROGRAMS, swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
 from gpu_kernels.pcie_attention import ENTRY_FIELDS, host_pool_attention
 from gpu_kernels.prefill_attention import paged_prefill_attention
@@ -322,7 +322,7 @@ def check_swap(
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
     pinned: bool = False,
-    max_programs: int | None = None,
+    max_programs: int = NUM_PROGRAMS,
 ) -> None:
     """Swaps shuffled blocks out and in elsewhere; the host pool is pinned or on the device."""
     generator = torch.Generator().manual_seed(7)
@@ -350,7 +350,7 @@ def check_swap(
         pool[:, new_ids.long()] = source[:, ids.long()]
     none = ids.new_full((2,), -1)
     padded = torch.cat([host_ids, none])
-    swap_out_kv(*old, torch.cat([ids, none]), *host, padded)
+    swap_out_kv(*old, torch.cat([ids, none]), *host, padded, max_programs=max_programs)
     swap_in_kv(*new, torch.cat([new_ids, none]), *host, padded, max_programs=max_programs)
     if device == "cuda":
         torch.cuda.synchronize()

@@ -76,7 +76,7 @@ def test_swap_out_and_in(pinned: bool, block_size: int, dtype: torch.dtype) -> N
     ):  # fmt: skip
         check_swap(
             num_ids, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-            dtype=dtype, pinned=pinned, max_programs=7 if num_ids == 20 else None,
+            dtype=dtype, pinned=pinned, max_programs=1 if num_ids == 20 else 16,
         )  # fmt: skip
 
 
