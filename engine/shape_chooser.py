@@ -204,6 +204,10 @@ class ShapeChooser:
             most_decodes = at_least(ladders.mixed_decodes if gprf else decodes, num_decodes)
         longest = max((item.end for item in gdec), default=1)
         num_splits = self._backend.num_decode_splits(most_decodes, longest)
+        if gdec and not gprf:
+            # Rows to spare do not fill the GPU, prompts do. Whole powers of two: few graphs.
+            wanted = self._backend.num_decode_splits(num_decodes, longest)
+            num_splits = max(num_splits, 1 << (wanted.bit_length() - 1))
         if gprf and is_padded:
             num_decodes = most_decodes
             rows = max(num_tokens, num_decodes)

@@ -67,7 +67,7 @@ class UsualShapes:
     def _decodes_between(self, least: int, most: int) -> PagedShape:
         """Return room for any number of decodes between two, of any length."""
         rows = self._ladders.few_rows
-        least, most = (at_least(rows, min(number, rows[-1])) for number in (least, most))
+        most = at_least(rows, min(most, rows[-1]))
         num_splits = self._ladders.most_splits(least)
         return PagedShape(most, most, 0, self._ladders.max_width, num_splits)
 

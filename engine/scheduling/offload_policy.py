@@ -111,7 +111,7 @@ class OffloadPolicy:
         self._countdown = self._config.policy_interval_steps - 1
         if not running and not waiting:
             return
-        load = self._mean_load(running, waiting)
+        load = self.mean_load(running, waiting)
         self._num_reused += 1
         if self._num_reused < _MOST_REUSED and self._last_load and load.is_like(self._last_load):
             return
@@ -147,7 +147,8 @@ class OffloadPolicy:
         """Return whether there are so many more requests that the next look should not wait."""
         return self._last_load is not None and num_requests > 2 * self._last_load.num_requests
 
-    def _mean_load(self, running: Sequence[Request], waiting: Sequence[Request]) -> MeanLoad:
+    def mean_load(self, running: Sequence[Request], waiting: Sequence[Request]) -> MeanLoad:
+        """Return what all requests, of which there must be some, are like."""
         known = [*running, *islice(waiting, _NUM_SAMPLED_WAITING)]
         output = _mean(self._expected_output(request) for request in known)
         prompt = _mean(len(request.prompt_token_ids) for request in known)

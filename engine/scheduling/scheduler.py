@@ -282,6 +282,7 @@ class Scheduler:
             rotates=self.policy.target.rotates if self.policy.offloads else None,
             least_gain=1.0 if self.policy.offloads else self.config.min_offload_gain,
             is_due=min(patience.values(), default=1) <= 0,
+            mean_load=functools.cache(lambda: self.policy.mean_load(self._running, self._waiting)),
             outlook=self._outlooks(parked) if self.config.admission_lookahead else None,
         )
 

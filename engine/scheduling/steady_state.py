@@ -17,6 +17,7 @@ from engine.scheduling.scheduler_config import SchedulerConfig
 _Result = TypeVar("_Result")
 _LIKE = 1 / 16
 """Loads that differ by less are treated alike: looking closer takes milliseconds."""
+_LEAST_PROMPTS = 0.9
 _CLOSER = (1 / 3, 1 / 6, 1 / 12, 1 / 24)
 """Shares of the best power of two that are tried above and below it, one after the other."""
 
@@ -33,6 +34,13 @@ class MeanLoad:
     def resident_tokens(self) -> int:
         """Tokens in the cache half way through."""
         return max(1, round(self.prompt_tokens + self.output_tokens / 2))
+
+    def prompt_tokens_beside(self, num_decodes: float) -> float:
+        """Return the prompt tokens that a step needs so that new requests replace those that end.
+
+        A tenth less is no harm: requests are seldom at an end all at once.
+        """
+        return _LEAST_PROMPTS * num_decodes * self.prompt_tokens / self.output_tokens
 
     def is_like(self, other: "MeanLoad") -> bool:
         """Return whether the same decision will do for both."""

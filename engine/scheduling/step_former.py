@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from engine.cost_model import CostModel, SubBatchLoad, load_of, predict, rotation_steps
-from engine.graph_limits import prompt_room, whole_tiles
+from engine.graph_limits import TILE_ROWS, prompt_room, whole_tiles
 from engine.request import Placement, Request
 from engine.scheduling.dealing import (
     Deal,
@@ -34,6 +34,8 @@ from engine.scheduling.scheduler_config import FORCED_MODES, SchedulerConfig
 from engine.scheduling.step_view import Choice, Draft, StepView
 from engine.step_plan import ScheduledRequest, StepMode, SubBatch
 
+_FEW_TILES = (2, 4, 8)
+"""Of `TILE_ROWS` rows each, in steps whose prompt tokens may cost less than in longer ones."""
 _LIMIT_PRECISION = 16
 """Prompt chunks are shrunk to the latency limit to within a 16th of what fits."""
 
@@ -55,7 +57,6 @@ class StepFormer:
     def form(self, view: StepView) -> Choice:
         """Return the step to run; its draft is empty if there is nothing to do."""
         budget = max(0, self._max_rows - len(view.gdec))
-        host_budget = budget - len(view.cdec)
         device, _ = self._prompts(view, budget, with_host=False)
         if not view.uses_host:
             weight = self._prefill_weight(view, device)
@@ -68,9 +69,9 @@ class StepFormer:
         gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
         asymmetric = overlap = None
         if view.rotates is not False:
-            overlap = self._best_overlap(view, self._overlap_budget(view), weight)
+            overlap = self._best_overlap(view, self._overlap_budget(view, self._max_rows), weight)
         if not view.rotates or (overlap is None and self._config.mode == "auto"):
-            asymmetric = self._best_asymmetric(view, host_budget, weight, gpu_only)
+            asymmetric = self._best_asymmetric(view, budget - len(view.cdec), weight, gpu_only)
         return self._choose(view, gpu_only, asymmetric, overlap)
 
     def _choose(
@@ -100,16 +101,44 @@ class StepFormer:
     def _best_overlap(self, view: StepView, budget: int, weight: float) -> Draft | None:
         """Return the best step with rotating rows; prompts may go to the host beside them."""
         draft = self._fit(view, lambda b: self._overlap(view, b, weight), budget)
+        if draft.fills_host:
+            draft = self._cheapest_prompts(view, draft, weight)
         has_rows = any(s.rotating for s in draft.sub_batches)
         begins = bool(view.rotates) and draft.fills_host
         return draft if has_rows or begins else None
 
-    def _overlap_budget(self, view: StepView) -> int:
-        """Return the tokens of prompts beside rotating rows, most of which in a layer count."""
+    def _cheapest_prompts(self, view: StepView, draft: Draft, weight: float) -> Draft:
+        """Return the step beside rotating rows whose prompt tokens cost least.
+
+        While the host attends to many rows, the device has room for some prompt tokens that make
+        the step no longer; while it attends to few, more of them share the step's other work.
+        """
+        bare = self._overlap(view, 0, weight)
+        if not bare.rate:
+            return draft
+        # What the step's decodes would take if there were nothing else to do.
+        worth_s = bare.prediction.tokens_per_s * bare.prediction.step_s / bare.rate
+        least = view.mean_load().prompt_tokens_beside(bare.rate * bare.prediction.step_s)
+        drafts = [draft]
+        for tiles in _FEW_TILES:
+            budget = self._overlap_budget(view, tiles * TILE_ROWS)
+            if least <= budget < draft.num_prompt_tokens:
+                drafts.append(self._overlap(view, budget, weight))
+        return min(
+            drafts, key=lambda d: (d.prediction.step_s - worth_s) / max(1, d.num_prompt_tokens)
+        )
+
+    def _overlap_budget(self, view: StepView, num_rows: int) -> int:
+        """Return the tokens of prompts beside rotating rows, most of which in a layer count.
+
+        Args:
+            view: What there is.
+            num_rows: Of the step, at most.
+        """
         layers = Counter(r.rotation_layer for r in view.cdec if r.rotation_layer is not None)
         num_entering = -(-len(view.cdec) // rotation_steps(self._model))
         most_at_once = max([num_entering, *layers.values()])
-        return max(0, prompt_room(self._max_rows, len(view.gdec), most_at_once))
+        return max(0, prompt_room(num_rows, len(view.gdec), most_at_once))
 
     def _overlap(self, view: StepView, budget: int, weight: float) -> Draft:
         base, admitted = self._prompts(view, budget, with_host=True)

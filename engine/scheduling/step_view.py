@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from engine.request import Placement, Request
 from engine.scheduling.lookahead import DeviceOutlook
+from engine.scheduling.steady_state import MeanLoad
 from engine.step_plan import StepMode, StepPrediction, SubBatch
 
 
@@ -30,6 +31,7 @@ class StepView:
         rotates: Its rows should rotate, or else be computed in one go; None: whatever is best now.
         least_gain: Rate with host-resident rows over that without from which they are computed.
         is_due: A host-resident request has waited as long as it may.
+        mean_load: Says what requests are like.
         outlook: Makes a fresh look at what the device will hold; None: new requests start there as
             soon as their prompts fit.
     """
@@ -51,6 +53,7 @@ class StepView:
     rotates: bool | None
     least_gain: float
     is_due: bool
+    mean_load: Callable[[], MeanLoad]
     outlook: Callable[[], DeviceOutlook] | None = None
 
 
@@ -82,6 +85,11 @@ class Draft:
     def fills_host(self) -> bool:
         """Whether prompts go to the host: an investment that later steps repay."""
         return any(s.cprf for s in self.sub_batches)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of prompts, on either side."""
+        return sum(item.num_tokens for s in self.sub_batches for item in s.gprf + s.cprf)
 
     @property
     def is_empty(self) -> bool:
