@@ -18,7 +18,7 @@ from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 _LAYERS_AT_ONCE = 4
 """One launch copies so many layers: fewer would be bound by launching, more would hide less."""
 _PROGRAMS_BESIDE = 8
-"""Of a copy to the device beside a step: 50 GB/s."""
+"""Of a copy to the device beside a step: 50 GB/s beside linear layers (H200)."""
 
 
 class Swaps:
