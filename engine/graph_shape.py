@@ -23,6 +23,11 @@ class GraphShape:
         return sum(lane.num_rows for lane in self.lanes)
 
     @property
+    def num_prefix(self) -> int:
+        """Blocks that may come back from the host, for which attention waits in each layer."""
+        return sum(lane.num_prefix for lane in self.lanes)
+
+    @property
     def recurs(self) -> bool:
         """Whether many steps have this very shape: those that only decode on the device."""
         return len(self.lanes) == 1 and self.lanes[0].only_decodes

@@ -90,7 +90,7 @@ class ShapeChooser:
         needed = self._shape(lanes, most_visiting, is_padded=False)
         taken = min(
             (shape for shape in known if shape.holds(needed)),
-            key=lambda shape: shape.num_rows,
+            key=lambda shape: (shape.num_rows, shape.num_prefix),
             default=None,
         )
         roomy = self.roomy(wanted)

@@ -325,13 +325,13 @@ class StepGraphs:
         ]
         self._backend.announce(batches)
         lanes = self._model.run_layers(batches)
-        self._backend.join_copies()
         states = lanes[0] if len(lanes) == 1 else torch.cat(lanes)
         if len(views.sampled):
             states = states[views.sampled]
         logits = self._model.logits(states, out=self._logits[: len(states)])
         on_host = SlottedTokens(self._tokens_on_host, views.slot)
         self._backend.greedy_tokens(logits, feedback[: len(states)], on_host)
+        self._backend.join_copies()
 
     def _rotating_rows(self, shape: GraphShape, views: _Views) -> RotatingRows | None:
         if not shape.num_visitors:

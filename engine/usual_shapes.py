@@ -8,6 +8,8 @@ from engine.graph_shape import GraphShape
 from engine.lane_fields import LaneShape, PagedShape
 
 _USUAL_TOKENS = (256, 512, MAX_GRAPH_TOKENS)
+_WHOLE_PROMPTS = (128, 256, 384, 512, MAX_GRAPH_TOKENS)
+"""Rows of steps in which prompts go to the host from their first token on."""
 _USUAL_VISITORS = (4, PROMPT_VISITORS)
 
 
@@ -44,6 +46,12 @@ class UsualShapes:
             self._filled(size, device, most)
             for size in sizes
             for device in on_device
+            if device.num_tokens + most < size
+        ]
+        lanes += [
+            replace(self._filled(size, device, most), num_prefix=0)
+            for size in sorted({at_least(tokens, min(number, top)) for number in _WHOLE_PROMPTS})
+            for device in decodes
             if device.num_tokens + most < size
         ]
         shapes += [_with_visitors(lane, most) for lane in dict.fromkeys(lanes)]

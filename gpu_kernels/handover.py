@@ -27,6 +27,8 @@ PARAMETERS = 3
 """A channel's parameters, int32: the first ticket, how many rows, and which slot of the buffers."""
 BELL_WORDS = 16
 MAX_PROGRAMS = 64
+FEW_PROGRAMS = 4
+"""Beside other kernels, which have the multiprocessors to themselves but for these."""
 _TILE = 4096
 
 
@@ -175,6 +177,8 @@ def send_rows(
     parameters: torch.Tensor,
     counter: torch.Tensor,
     offset: int,
+    *,
+    max_programs: int = MAX_PROGRAMS,
 ) -> None:
     """Copies rows to pinned memory and rings; nothing happens if the parameters say 0 rows.
 
@@ -185,6 +189,7 @@ def send_rows(
         parameters: [PARAMETERS], int32, device: first ticket, rows, slot.
         counter: [1], int32, device, 0 before and after.
         offset: Added to the ticket.
+        max_programs: Most programs that copy.
 
     Raises:
         ValueError: An argument's shape, dtype, stride or device is wrong.
@@ -192,7 +197,7 @@ def send_rows(
     pinned = {"rows": rows, "bells": bells}
     width = _check(pinned, {"src": src, "parameters": parameters})
     check_tensor("counter", counter, (1,), torch.int32, src.device)
-    num_programs = min(MAX_PROGRAMS, src.shape[0])
+    num_programs = min(max_programs, src.shape[0])
     if num_programs == 0:
         return
     send_rows_kernel[(num_programs,)](
@@ -213,6 +218,7 @@ def receive_rows(
     offset: int,
     *,
     limit_s: float,
+    max_programs: int = MAX_PROGRAMS,
 ) -> None:
     """Waits for the host and copies its answers; nothing happens if the parameters say 0 rows.
 
@@ -226,6 +232,7 @@ def receive_rows(
         waited: [1], int64, pinned (or on the device); grows by the nanoseconds waited.
         offset: Added to the ticket.
         limit_s: The longest wait, seconds.
+        max_programs: As there.
 
     Raises:
         ValueError: As there.
@@ -235,7 +242,7 @@ def receive_rows(
     check_tensor("seen", seen, (bells.shape[0],), torch.int32, dst.device)
     check_contiguous("seen", seen)
     check_tensor("waited", waited, (1,), torch.int64, waited.device)
-    num_programs = min(MAX_PROGRAMS, dst.shape[0])
+    num_programs = min(max_programs, dst.shape[0])
     if num_programs == 0:
         return
     receive_rows_kernel[(num_programs,)](

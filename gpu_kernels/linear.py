@@ -32,8 +32,8 @@ class LinearLayers:
     Attributes:
         room: Multiprocessors that kernels of graphs are to leave to copies beside them. Without
             any, the few that these hold cost all others another round: a Llama-2-7B layer's take
-            276 instead of 160 µs for 248 rows beside copies of two programs each way, 168 with 8
-            left to them (H200, cuBLAS 13).
+            276 instead of 160 µs for 248 rows beside copies of two programs each way (H200, cuBLAS
+            13).
 
     Args:
         device: The GPU.

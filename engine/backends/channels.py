@@ -42,15 +42,20 @@ class PinnedBuffers:
 
 
 class Channels(Protocol):
-    """Hands rows over and takes answers, without the host's help between two steps."""
+    """Hands rows over and takes answers, without the host's help between two steps.
+
+    What is done `beside` the step's other work is not to keep that from the multiprocessors.
+    """
 
     def begin_step(self, orders: Mapping[int, Order]) -> None:
         """Tell the channels what the launches that follow do; those not named do nothing."""
 
-    def send(self, channel: int, offset: int, rows: torch.Tensor) -> None:
+    def send(self, channel: int, offset: int, rows: torch.Tensor, *, beside: bool = False) -> None:
         """Copy rows, `[n, row_width]`, to the host; ring `offset` behind the channel's ticket."""
 
-    def receive(self, channel: int, offset: int, out: torch.Tensor) -> None:
+    def receive(
+        self, channel: int, offset: int, out: torch.Tensor, *, beside: bool = False
+    ) -> None:
         """Wait for the answer `offset` behind the channel's ticket; fill `out`, `[n, q_width]`."""
 
     def take_waiting_s(self) -> float:

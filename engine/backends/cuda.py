@@ -41,10 +41,12 @@ from gpu_kernels.warmup import ModelShape, precompile
 
 _MERGED_ROWS = 256
 """Decodes of a step, at most, whose splits are merged as they finish; more hardly have any."""
-_ROOM_OUT = 4
-_ROOM_BOTH_WAYS = 12
-"""Multiprocessors for copies to the host, and for those from it, too: some more than their programs
-take, as kernels for 128 or 120 of 132 suit the sizes of linear layers."""
+_ROOM_BESIDE_PROMPTS = 4
+"""Multiprocessors for what runs beside linear layers of steps with prompts: as many as the programs
+that copy these to the host take, and some more. With 12, cuBLAS leaves enough for prefixes and for
+attention over PCIe, too, but takes clusters of eight, which one copy keeps waiting: then steps of
+240 and 496 prompt tokens of Llama-2-7B take an H200 7.1 and 13.2 ms instead of 6.6 and 11.0, beside
+attention over PCIe 8.4 and 14.7 instead of 7.9 and 12.5."""
 _LEAST_PER_ROOM = 10
 """On a GPU with fewer of them, copies get a tenth at most."""
 _NUM_COUNTERS = 2**16
@@ -198,10 +200,20 @@ class CudaBackend:
     def announce(self, batches: Sequence[Batch]) -> None:
         """Say what the calls that follow are about; see `Backend`."""
         self._batches = batches
-        room = max(map(_room_for_copies, batches), default=0)
-        self._linear.room = min(room, num_multiprocessors(self.device) // _LEAST_PER_ROOM)
+        self._linear.room = self._room
         if self._host is not None:
             self._host.announce(batches)
+
+    @property
+    def _room(self) -> int:
+        """Multiprocessors that linear layers are to leave to what runs beside them."""
+        for batch in self._batches:
+            rotates_beside = batch.rotating is not None and batch.device_rows.has_prefills
+            if rotates_beside or batch.host_prefills is not None:
+                return min(
+                    _ROOM_BESIDE_PROMPTS, num_multiprocessors(self.device) // _LEAST_PER_ROOM
+                )
+        return 0
 
     def reserve_staging(self, lane: int, num_blocks: int) -> None:
         """Make staging blocks that graphs can use; see `Backend`."""
@@ -507,13 +519,6 @@ class CudaBackend:
             os.sched_setaffinity(0, self._cpus_before)
             self._cpus_before = None
         self._host = self._kernels = self._staging = self._swaps = None
-
-
-def _room_for_copies(batch: Batch) -> int:
-    """Return the multiprocessors that a batch's linear layers are to leave to copies of prompts."""
-    if batch.host_prefills is None:
-        return 0
-    return _ROOM_OUT if batch.host_prefills.prefix is None else _ROOM_BOTH_WAYS
 
 
 def _norm_options(norms: LayerNorms | None) -> dict[str, Any]:

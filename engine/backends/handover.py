@@ -9,7 +9,13 @@ from collections.abc import Mapping
 import torch
 
 from engine.backends.channels import Order, PinnedBuffers
-from gpu_kernels.handover import PARAMETERS, receive_rows, send_rows
+from gpu_kernels.handover import (
+    FEW_PROGRAMS,
+    MAX_PROGRAMS,
+    PARAMETERS,
+    receive_rows,
+    send_rows,
+)
 
 _NUM_UPLOADS = 4
 """Uploads that may be on their way at once; two steps are."""
@@ -52,7 +58,7 @@ class DeviceHandover:
             parameters[channel] = ticket, order.num_rows, order.slot
         self._parameters.copy_(self._uploads[number], non_blocking=True)
 
-    def send(self, channel: int, offset: int, rows: torch.Tensor) -> None:
+    def send(self, channel: int, offset: int, rows: torch.Tensor, *, beside: bool = False) -> None:
         """Hand rows over; see `Channels`."""
         send_rows(
             self._buffers.rows,
@@ -61,9 +67,12 @@ class DeviceHandover:
             self._parameters[channel],
             self._counters[channel],
             offset,
+            max_programs=FEW_PROGRAMS if beside else MAX_PROGRAMS,
         )
 
-    def receive(self, channel: int, offset: int, out: torch.Tensor) -> None:
+    def receive(
+        self, channel: int, offset: int, out: torch.Tensor, *, beside: bool = False
+    ) -> None:
         """Take an answer; see `Channels`."""
         receive_rows(
             out,
@@ -74,6 +83,7 @@ class DeviceHandover:
             self._waited,
             offset,
             limit_s=self._limit_s,
+            max_programs=FEW_PROGRAMS if beside else MAX_PROGRAMS,
         )
 
     def take_waiting_s(self) -> float:

@@ -4,8 +4,9 @@ Each turn has a service, rows and bells of its own, so that a step can begin whi
 busy with the one before it. All turns share the attention threads and the host pool, which is seen
 as one layer whose blocks count through all of the model's.
 
-Of some rows the device computes the attention itself, on a stream beside the step's: see
-`engine.direct_rows`.
+Rows and answers cross PCIe on a stream beside the step's: rows once a segment's last layer has
+them, answers while the layers before those that need them compute. Of some rows the device computes
+the attention itself, on another such stream: see `engine.direct_rows`.
 """
 
 import contextlib
@@ -95,6 +96,8 @@ class RotatingAttention:
         self._received = torch.empty(num_answers, dtype=out.dtype, device=device)
         self._attend_directly = attend_directly
         self._side = SideStream(device)
+        self._crossing = SideStream(device)
+        self._arrived: dict[int, Mark] = {}
         self._deferred = deferred_segments(num_segments)
         self._marks: dict[int, Mark] = {}
         self._open: deque[Turn] = deque()
@@ -144,9 +147,11 @@ class RotatingAttention:
     def begin_layer(self, layer: int) -> None:
         """Do what must be done before a layer's rows depart.
 
-        The device begins with what the last overlap step left to it. Before rows of the segment
-        take their places, it must be done with those that were there.
+        The first answers set out, and the device begins with what the last overlap step left to it.
+        Before rows of the segment take their places, it must be done with those that were there.
         """
+        if layer == 0:
+            self._fetch(0)
         if self.rows.direct is None:
             return
         if layer == 0:
@@ -170,9 +175,21 @@ class RotatingAttention:
             lambda: self._attend_directly(answers[number], rows, entries[number], blocks[number])
         )
 
+    def _fetch(self, number: int) -> None:
+        """Let a segment's answers to the last overlap step come, once the CPU has them."""
+        channels = self._channels
+        if channels is None:
+            return
+        answers = self._received[number, : self._max_rows]
+        channel = self._num_segments + number
+        self._arrived[number] = self._crossing.run(
+            lambda: channels.receive(channel, 0, answers, beside=True)
+        )
+
     def join(self) -> None:
-        """Let later work of the device wait for its attention to rows."""
+        """Let later work of the device wait for its attention to rows, and for what crosses."""
         self._side.join()
+        self._crossing.join()
 
     def sent(self, layer: int) -> torch.Tensor | None:
         """Return where a layer's departing rows are to be written, before it is rung for them.
@@ -195,9 +212,13 @@ class RotatingAttention:
         number, segment = _segment_of(rotating, layer)
         if layer != segment.stop - 1:
             return
-        if self._channels is not None:
+        channels = self._channels
+        if channels is not None:
             num_rows = rotating.bounds[segment.stop] - rotating.bounds[segment.start]
-            self._channels.send(number, 0, self._sent[number, :num_rows])
+            sent = self._sent[number, :num_rows]
+            self._crossing.run(lambda: channels.send(number, 0, sent, beside=True))
+            if number + 1 < self._num_segments:
+                self._fetch(number + 1)
         elif number in turn.orders:
             turn.ring(number)
         if rotating.direct is not None and number not in self._deferred:
@@ -221,8 +242,7 @@ class RotatingAttention:
         is_first = rotating.arriving(layer).start == rotating.bounds[segment.start + 1]
         if self._channels is not None:
             if is_first:
-                answers = self._received[number, : self._max_rows]
-                self._channels.receive(self._num_segments + number, 0, answers)
+                self._crossing.wait(self._arrived.pop(number))
         elif number in turn.orders and is_first:
             num_rows = turn.orders[number].num_rows
             self._received[number, :num_rows] = turn.wait(number)[:num_rows]
@@ -263,6 +283,8 @@ class RotatingAttention:
 
     def forget(self) -> None:
         """Leave steps that were given up; what waits for them on the device must be gone."""
+        self._side.forget()
+        self._crossing.forget()
         while self._open:
             turn = self._open.popleft()
             with contextlib.suppress(StepError):  # whose reason has been told

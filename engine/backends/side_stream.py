@@ -40,6 +40,10 @@ class SideStream:
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
+    def forget(self) -> None:
+        """Forget work that was given up; the device must have left it."""
+        self._has_work = False
+
     def join(self) -> None:
         """Let later work of the current stream wait for all work."""
         if self._stream is not None and self._has_work:

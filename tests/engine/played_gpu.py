@@ -19,13 +19,13 @@ from engine.step_graphs import StepGraphs
 class PlayedHandover(DeviceHandover):
     """`DeviceHandover` on CPU tensors: does at once what its kernels do in the stream."""
 
-    def send(self, channel: int, offset: int, rows) -> None:
+    def send(self, channel: int, offset: int, rows, *, beside: bool = False) -> None:
         ticket, count, slot = self._parameters[channel].tolist()
         if count:
             self._buffers.rows[slot, :count] = rows[:count]
             self._buffers.bells[slot, 0, 0] = ticket + offset
 
-    def receive(self, channel: int, offset: int, out) -> None:
+    def receive(self, channel: int, offset: int, out, *, beside: bool = False) -> None:
         ticket, count, slot = self._parameters[channel].tolist()
         while count and self._buffers.bells[slot, 1, 0].item() - ticket - offset < 0:
             time.sleep(1e-5)
@@ -93,6 +93,9 @@ class LateSideStream(SideStream):
         for work in self._work[self._num_done : mark]:
             work()
         self._num_done = max(self._num_done, mark or 0)
+
+    def forget(self) -> None:
+        self._num_done = len(self._work)
 
     def join(self) -> None:
         self.wait(len(self._work))
