@@ -44,7 +44,24 @@ def prompt_room(num_rows: int, num_decodes: int, num_visitors: int) -> int:
     """
     if num_rows < 2 * TILE_ROWS:
         return num_rows - num_decodes - num_visitors
+    return num_rows - _room_beside_prompts(num_decodes, num_visitors)
+
+
+def mixed_rows(num_prompt_tokens: int, num_decodes: int, num_visitors: int) -> int:
+    """Return the rows of a graph with prompts in which rows rotate.
+
+    Args:
+        num_prompt_tokens: Of the step.
+        num_decodes: On the device.
+        num_visitors: Rotating rows that are in a layer together.
+    """
+    return padded_tiles(num_prompt_tokens + _room_beside_prompts(num_decodes, num_visitors))
+
+
+def _room_beside_prompts(num_decodes: int, num_visitors: int) -> int:
+    """Return the rows beside prompts and rotating rows, and of these."""
     eights = -(-num_decodes // 8) * 8
     decodes = next((room for room in USUAL_DECODES if room >= num_decodes), eights)
-    visitors = max(PROMPT_VISITORS, 1 << (num_visitors - 1).bit_length() if num_visitors else 0)
-    return num_rows - decodes - visitors
+    return decodes + max(
+        PROMPT_VISITORS, 1 << (num_visitors - 1).bit_length() if num_visitors else 0
+    )

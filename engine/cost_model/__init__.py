@@ -10,6 +10,7 @@ from engine.cost_model.prediction import (
     load_of,
     pipeline_s,
     predict,
+    prefix_cost_s,
     rotating_attention_s,
     rotation_steps,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "load_of",
     "pipeline_s",
     "predict",
+    "prefix_cost_s",
     "rotating_attention_s",
     "rotation_steps",
 ]

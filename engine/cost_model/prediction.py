@@ -25,8 +25,12 @@ _PROMPT_COPY_SLOWNESS = 1.2
 """Prompts are copied to the host more slowly than swaps, 43 instead of 50 GB/s on an H200, so that
 the layers beside them hardly notice."""
 _PROMPT_COPY_SHARE = 0.05
-"""Of that time, what the layers of a step with rotating rows take longer: 169 instead of 160 µs
-with copies both ways all the while, 161 with one to the host (Llama-2-7B, 248 rows, H200)."""
+"""Of that time, what the layers of a step with rotating rows take longer: 161 instead of 160 µs
+(Llama-2-7B, 248 rows, H200)."""
+_PREFIX_SHARE = 0.6
+"""Of the time of prefixes that come back from the host meanwhile, what those layers take longer:
+8.6 instead of 7.3 ms with 240 tokens, 8.6 instead of 5.8 with 350 before a chunk of 40
+(Llama-2-7B, H200)."""
 _DIRECT_SLOWNESS = 1.1
 """What attention over PCIe takes, of a copy of the same K and V: 47 instead of 51.4 GB/s on an
 H200."""
@@ -174,15 +178,31 @@ def rotating_attention_s(
     return cpu_s, _direct_s(model, direct_tokens)
 
 
-def _direct_share(model: CostModel, num_rows: int, total_tokens: int, device_s: float) -> float:
+def _direct_share(
+    model: CostModel, num_rows: int, total_tokens: int, device_s: float, incoming_s: float
+) -> float:
     """Return the share of rotating rows' tokens that the CPU cannot hide behind the device's work.
 
-    The device reads no more than that itself: it slows down what runs beside.
+    The device reads no more than that itself: it slows down what runs beside. Nor does it read more
+    than PCIe has time for besides what comes to the device for `incoming_s`.
     """
     if not model.most_direct_share or not num_rows:
         return 0.0
     cpu_s = model.cpu_attention_s(num_rows, total_tokens, rotating=True)
-    return min(model.most_direct_share, max(0.0, 1 - device_s / cpu_s)) if cpu_s > 0 else 0.0
+    if cpu_s <= 0:
+        return 0.0
+    balanced = (cpu_s - incoming_s) / (cpu_s + _direct_s(model, total_tokens))
+    return max(0.0, min(model.most_direct_share, balanced, 1 - device_s / cpu_s))
+
+
+def prefix_cost_s(model: CostModel, num_tokens: int) -> float:
+    """Return what a step with rotating rows takes longer if a prefix comes back from the host.
+
+    Args:
+        model: Times of the parts.
+        num_tokens: Of the prefix.
+    """
+    return _PREFIX_SHARE * model.swap_s(num_tokens)
 
 
 def balanced_direct_share(model: CostModel) -> float:
@@ -284,7 +304,8 @@ def predict(
     # Prompts go to the host beside the layers; what was computed of them before comes back a layer
     # ahead.
     copies_s = _PROMPT_COPY_SLOWNESS * model.swap_s(sum(load.copy_out_tokens for load in loads))
-    prefix_s = model.swap_s(sum(load.copy_in_tokens for load in loads))
+    num_prefix_tokens = sum(load.copy_in_tokens for load in loads)
+    prefix_s = model.swap_s(num_prefix_tokens)
     launch_s = 0.0 if is_graph else _launch_s(model, loads)
     num_decodes = sum(load.num_decodes for load in loads)
     num_sampled = num_decodes + sum(load.num_sampled_prefills for load in loads) + visitors
@@ -293,15 +314,15 @@ def predict(
     arriving_s = model.swap_s(arriving_tokens)
     layers_s += _ARRIVING_SHARE * arriving_s
     if any(load.num_rotating for load in loads):
-        layers_s += _PROMPT_COPY_SHARE * (copies_s + prefix_s)
+        layers_s += _PROMPT_COPY_SHARE * copies_s + prefix_cost_s(model, num_prefix_tokens)
     incoming_s = max(prefix_s, arriving_s)
     device_s = max(layers_s, copies_s, incoming_s, launch_s, swap_s) + min(swap_s, exposed_swap_s)
     device_s += model.fixed_step_s(num_sampled)
     num_rotating = sum(load.num_rotating for load in loads)
     rotating_tokens = sum(load.rotating_tokens for load in loads)
-    direct_share = _direct_share(model, num_rotating, rotating_tokens, device_s)
+    direct_share = _direct_share(model, num_rotating, rotating_tokens, device_s, incoming_s)
     rotating_s, direct_s = rotating_attention_s(model, num_rotating, rotating_tokens, direct_share)
-    device_s = max(device_s + _DIRECT_STEP_SHARE * direct_s, direct_s)
+    device_s = max(device_s + _DIRECT_STEP_SHARE * direct_s, incoming_s + direct_s)
     step_s = max(device_s, rotating_s)
     rotated = num_rotating / rotation_steps(model)
     value = num_decodes + rotated + prefill_weight * sum(load.num_prefill_tokens for load in loads)

@@ -16,9 +16,17 @@ Rotating rows are worth a layer of a token each (see `rotating`).
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
-from engine.cost_model import CostModel, SubBatchLoad, load_of, predict, rotation_steps
-from engine.graph_limits import TILE_ROWS, prompt_room, whole_tiles
+from engine.cost_model import (
+    CostModel,
+    SubBatchLoad,
+    load_of,
+    predict,
+    prefix_cost_s,
+    rotation_steps,
+)
+from engine.graph_limits import TILE_ROWS, mixed_rows, prompt_room, whole_tiles
 from engine.request import Placement, Request
 from engine.scheduling.dealing import (
     Deal,
@@ -36,6 +44,8 @@ from engine.step_plan import ScheduledRequest, StepMode, SubBatch
 
 _FEW_TILES = (2, 4, 8)
 """Of `TILE_ROWS` rows each, in steps whose prompt tokens may cost less than in longer ones."""
+_FULL = 0.5
+"""Of the decodes that the device holds: with fewer, prompts are what it lacks."""
 _LIMIT_PRECISION = 16
 """Prompt chunks are shrunk to the latency limit to within a 16th of what fits."""
 
@@ -57,22 +67,20 @@ class StepFormer:
     def form(self, view: StepView) -> Choice:
         """Return the step to run; its draft is empty if there is nothing to do."""
         budget = max(0, self._max_rows - len(view.gdec))
-        device, _ = self._prompts(view, budget, with_host=False)
+        device, admitted = self._prompts(view, budget, with_host=False)
+        alone = self._alone(view, device, len(admitted), budget)
         if not view.uses_host:
-            weight = self._prefill_weight(view, device)
-            draft = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
-            return Choice(draft, None if draft.is_empty else draft, "no host-resident requests")
+            return Choice(alone, None if alone.is_empty else alone, "no host-resident requests")
         mixed, _ = take_prompts(
             view, budget - len(view.cdec), self._config.max_num_seqs, with_host=True
         )
         weight = self._prefill_weight(view, mixed if mixed.scheduled else device)
-        gpu_only = self._fit(view, lambda b: self._gpu_only(view, b, weight), budget)
         asymmetric = overlap = None
         if view.rotates is not False:
             overlap = self._best_overlap(view, self._overlap_budget(view, self._max_rows), weight)
         if not view.rotates or (overlap is None and self._config.mode == "auto"):
-            asymmetric = self._best_asymmetric(view, budget - len(view.cdec), weight, gpu_only)
-        return self._choose(view, gpu_only, asymmetric, overlap)
+            asymmetric = self._best_asymmetric(view, budget - len(view.cdec), weight, alone)
+        return self._choose(view, alone, asymmetric, overlap)
 
     def _choose(
         self, view: StepView, gpu_only: Draft, asymmetric: Draft | None, overlap: Draft | None
@@ -98,6 +106,37 @@ class StepFormer:
         worse = "too little gain" if best.within_limit else "beyond the TPOT limit"
         return Choice(gpu_only, baseline, f"with host-resident rows: {worse}")
 
+    def _alone(self, view: StepView, prompts: SubBatch, num_admitted: int, budget: int) -> Draft:
+        """Return the step on the device alone.
+
+        Args:
+            view: What there is.
+            prompts: What the whole budget takes.
+            num_admitted: New requests among them.
+            budget: Tokens of prompts, at most.
+        """
+        less = self._small_budget(view, num_admitted, budget)
+        if less < budget:
+            prompts, _ = self._prompts(view, less, with_host=False)
+        weight = self._prefill_weight(view, prompts)
+        return self._fit(view, lambda b: self._gpu_only(view, b, weight), less)
+
+    def _small_budget(self, view: StepView, num_admitted: int, budget: int) -> int:
+        """Return the fewest tokens of prompts with which the device remains as full as it is.
+
+        Rows of prompts cost least where decodes alone leave the device's arithmetic idle: the first
+        tiles of each step. While requests wait for room, it is all the same which of them have it.
+        """
+        if num_admitted == len(view.waiting):
+            return budget
+        load = view.mean_load()
+        capacity = view.device_total * view.block_size // load.resident_tokens
+        if len(view.gdec) < _FULL * capacity:
+            return budget
+        least = load.prompt_tokens_beside(capacity)
+        rooms = (tiles * TILE_ROWS - len(view.gdec) for tiles in _FEW_TILES)
+        return next((room for room in rooms if least <= room < budget), budget)
+
     def _best_overlap(self, view: StepView, budget: int, weight: float) -> Draft | None:
         """Return the best step with rotating rows; prompts may go to the host beside them."""
         draft = self._fit(view, lambda b: self._overlap(view, b, weight), budget)
@@ -119,14 +158,33 @@ class StepFormer:
         # What the step's decodes would take if there were nothing else to do.
         worth_s = bare.prediction.tokens_per_s * bare.prediction.step_s / bare.rate
         least = view.mean_load().prompt_tokens_beside(bare.rate * bare.prediction.step_s)
+        budgets = {self._overlap_budget(view, tiles * TILE_ROWS) for tiles in _FEW_TILES}
+        budgets.update(accumulate(item.num_tokens for item in draft.prompts if item.samples))
         drafts = [draft]
-        for tiles in _FEW_TILES:
-            budget = self._overlap_budget(view, tiles * TILE_ROWS)
+        for budget in sorted(budgets):
             if least <= budget < draft.num_prompt_tokens:
                 drafts.append(self._overlap(view, budget, weight))
-        return min(
-            drafts, key=lambda d: (d.prediction.step_s - worth_s) / max(1, d.num_prompt_tokens)
-        )
+
+        def cost(draft: Draft) -> float:
+            return self._prompts_s(draft, worth_s) / max(1, draft.num_prompt_tokens)
+
+        return min(drafts, key=cost)
+
+    def _prompts_s(self, draft: Draft, worth_s: float) -> float:
+        """Return what a step's prompts cost, with what is cut off and comes back for the rest.
+
+        Args:
+            draft: Of one sub-batch.
+            worth_s: What the step would take without them.
+        """
+        [batch], num_rows = draft.sub_batches, draft.prediction.most_rows
+        begun = sum(item.end for item in batch.cprf if not item.samples)
+        num_visitors = num_rows - len(batch.gdec) - draft.num_prompt_tokens
+        padded = mixed_rows(draft.num_prompt_tokens, len(batch.gdec), num_visitors)
+        linear_s = self._model.linear_s(num_rows, rotating=True)
+        padding_s = max(0.0, self._model.linear_s(padded, rotating=True) - linear_s)
+        longer_s = draft.prediction.step_s - worth_s
+        return longer_s + self._model.num_layers * padding_s + prefix_cost_s(self._model, begun)
 
     def _overlap_budget(self, view: StepView, num_rows: int) -> int:
         """Return the tokens of prompts beside rotating rows, most of which in a layer count.

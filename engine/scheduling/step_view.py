@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from engine.request import Placement, Request
 from engine.scheduling.lookahead import DeviceOutlook
 from engine.scheduling.steady_state import MeanLoad
-from engine.step_plan import StepMode, StepPrediction, SubBatch
+from engine.step_plan import ScheduledRequest, StepMode, StepPrediction, SubBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +87,14 @@ class Draft:
         return any(s.cprf for s in self.sub_batches)
 
     @property
+    def prompts(self) -> list[ScheduledRequest]:
+        """Chunks of prompts, on either side."""
+        return [item for s in self.sub_batches for item in s.gprf + s.cprf]
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Tokens of prompts, on either side."""
-        return sum(item.num_tokens for s in self.sub_batches for item in s.gprf + s.cprf)
+        return sum(item.num_tokens for item in self.prompts)
 
     @property
     def is_empty(self) -> bool:

@@ -63,7 +63,7 @@ def test_an_h200_with_26400_device_tokens_stays_gpu_only() -> None:
     assert ratio >= 0.99
 
 
-@pytest.mark.parametrize(("num_output", "least"), [(75, 1.1), (200, 1.3)])
+@pytest.mark.parametrize(("num_output", "least"), [(75, 1.08), (200, 1.25)])
 def test_an_a10g_with_many_cores_gains_in_between(num_output, least) -> None:
     ratio, auto = gain(
         a10g(150e9),
@@ -111,7 +111,7 @@ def test_rotating_rows_pay_on_a_fast_gpu_whose_steps_are_launched_at_once() -> N
     lengths = uniform(600, 1000, 200)
     options = {"device_tokens": 26_400, "host_tokens": 400_000, "max_num_batched_tokens": 1024}
     ratio, auto = gain(AT_ONCE, LLAMA3_8B, lengths, **options)
-    assert ratio > 1.08
+    assert ratio > 1.06
     assert auto.modes[StepMode.OVERLAP] > auto.modes[StepMode.ASYMMETRIC]
     assert auto.shares.cpu_busy > 0.4
 
@@ -167,19 +167,27 @@ def test_prompts_beside_a_rotation_leave_room_for_it(most: int, num_rows: int) -
     assert sum(fills) > len(fills) / 4
 
 
-def test_prompts_beside_a_full_rotation_come_in_small_chunks() -> None:
-    """The host's attention takes longer than so many rows; more would keep it waiting."""
-    sizes = []
+def test_prompts_beside_a_full_rotation_come_whole_or_fill_a_graph() -> None:
+    """What is cut off comes back over PCIe for the rest; many at once would keep the host waiting.
+
+    A graph of whole tiles has room for 8 decodes and 8 rotating rows of a layer.
+    """
+    sizes, ends_whole = [], []
 
     def note(plan, now, simulator) -> None:
         [batch] = plan.sub_batches
         if batch.cprf and len(batch.rotating) > 90:
             sizes.append(sum(item.num_tokens for item in batch.cprf + batch.gprf))
+            ends_whole.append(all(item.samples for item in batch.cprf))
 
     options = {"device_tokens": 864, "host_tokens": 100_000, "max_num_batched_tokens": 832}
     simulate(AT_ONCE, LLAMA2_7B, summarize_like(200), mode="overlap", on_step=note, **options)
     assert len(sizes) > 20
-    assert sum(size <= 256 for size in sizes) > 0.9 * len(sizes)
+    assert sum(size <= 512 for size in sizes) > 0.8 * len(sizes)
+    assert all(
+        whole or (size + 16) % 128 == 0 for size, whole in zip(sizes, ends_whole, strict=True)
+    )
+    assert sum(ends_whole) > 0.5 * len(ends_whole)
 
 
 def test_a_rotating_token_takes_as_many_steps_as_there_are_layers_and_one() -> None:
@@ -266,7 +274,27 @@ def test_requests_that_arrive_together_fill_the_pool_before_they_end_together(mo
     assert run.num_finished == len(lengths)
     assert run.num_preemptions + run.num_swaps / 2 < len(lengths) / 4
     in_the_middle = used[len(used) // 5 : 3 * len(used) // 5]
-    assert sum(in_the_middle) / len(in_the_middle) > 0.94 * 26_400 // 16
+    assert sum(in_the_middle) / len(in_the_middle) > 0.92 * 26_400 // 16
+
+
+@pytest.mark.parametrize(("num_requests", "is_small"), [(120, True), (14, False)])
+def test_prompts_on_the_device_come_in_small_chunks_while_others_wait(
+    num_requests, is_small
+) -> None:
+    """Their first rows are nearly free beside decodes, and later ones wait anyway."""
+    sizes = []
+
+    def note(plan, now, simulator) -> None:
+        [batch] = plan.sub_batches
+        if len(batch.gdec) > 12 and batch.gprf:
+            sizes.append(sum(item.num_tokens for item in batch.gprf))
+
+    lengths = uniform(num_requests, 1000, 200)
+    options = {"device_tokens": 26_400, "host_tokens": 1_600, "max_num_batched_tokens": 1024}
+    simulate(H200, LLAMA3_8B, lengths, mode="gpu-only", on_step=note, **options)
+    small = [size <= 256 for size in sizes]
+    assert small
+    assert sum(small) > 0.9 * len(small) if is_small else not any(small)
 
 
 def test_who_was_evicted_comes_back_before_others_start() -> None:
