@@ -84,9 +84,16 @@ def test_a_step_takes_as_long_as_whoever_takes_longest() -> None:
     assert shared.step_s == pytest.approx(750 * 1e-5)
     assert shared.cpu_attention_s == pytest.approx((750 * 1e-5,))
     model.most_direct_share = 0.9
-    eager = predict(model, [load])
-    cpu_s, direct_s = rotating_attention_s(model, 8, 1000, eager.direct_share)
-    assert eager.step_s == direct_s > cpu_s
+    shares = []
+    for arriving_tokens in (0, 100, 1000):
+        step = predict(model, [load], arriving_tokens=arriving_tokens)
+        cpu_s, direct_s = rotating_attention_s(model, 8, 1000, step.direct_share)
+        incoming_s = model.swap_s(arriving_tokens)
+        if step.direct_share:  # then neither waits for the other, to within two tokens
+            assert cpu_s == pytest.approx(incoming_s + direct_s, abs=8e-5)
+        assert step.step_s == pytest.approx(max(cpu_s, incoming_s + direct_s), rel=0.01)
+        shares.append(step.direct_share)
+    assert shares[0] > shares[1] > shares[2] == 0.0
 
 
 def test_the_device_attends_to_no_more_than_the_cpu_cannot_hide() -> None:
