@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from engine.cost_model import CostModel, SubBatchLoad, predict, rotation_steps
+from engine.graph_limits import TILE_ROWS
 from engine.scheduling.dealing import dealt_loads, hidden_windows, one_load, prefix_sums
 from engine.scheduling.scheduler_config import SchedulerConfig
 
@@ -18,6 +19,8 @@ _Result = TypeVar("_Result")
 _LIKE = 1 / 16
 """Loads that differ by less are treated alike: looking closer takes milliseconds."""
 _LEAST_PROMPTS = 0.9
+FEW_TILES = (2, 4, 8)
+"""Of `TILE_ROWS` rows each, in steps whose prompt tokens may cost less than in longer ones."""
 _CLOSER = (1 / 3, 1 / 6, 1 / 12, 1 / 24)
 """Shares of the best power of two that are tried above and below it, one after the other."""
 
@@ -41,6 +44,21 @@ class MeanLoad:
         A tenth less is no harm: requests are seldom at an end all at once.
         """
         return _LEAST_PROMPTS * num_decodes * self.prompt_tokens / self.output_tokens
+
+    def small_budget(self, num_decodes: int, capacity: int, budget: int) -> int:
+        """Return the fewest tokens of prompts with which the device alone remains full.
+
+        Rows of prompts cost least where decodes alone leave the device's arithmetic idle: the first
+        tiles of each step.
+
+        Args:
+            num_decodes: In the step.
+            capacity: How many of them the device holds.
+            budget: Tokens of prompts, at most.
+        """
+        least = self.prompt_tokens_beside(capacity)
+        rooms = (tiles * TILE_ROWS - num_decodes for tiles in FEW_TILES)
+        return next((room for room in rooms if least <= room < budget), budget)
 
     def is_like(self, other: "MeanLoad") -> bool:
         """Return whether the same decision will do for both."""
@@ -79,7 +97,10 @@ class SteadyState:
         def time(base: SubBatchLoad) -> float:
             return self._asymmetric_s(load, base, num_host)
 
-        step_s = self._step_s(load, num_device, num_decodes, num_host / num_decodes, time)
+        most = self._config.max_num_batched_tokens
+        if not num_host:
+            most = load.small_budget(num_device, num_device, most)
+        step_s = self._step_s(load, num_device, num_decodes, num_host / num_decodes, time, most)
         # The baseline has no choice: the limit rules out hosts' shares only.
         if num_host and step_s > self._config.tpot_limit_s:
             return 0.0
@@ -114,7 +135,12 @@ class SteadyState:
             rotating = replace(base, num_rotating=num_host, rotating_tokens=tokens)
             return predict(self._model, [rotating], arriving_tokens=arriving_tokens).step_s
 
-        step_s = self._step_s(load, num_device, num_decodes, 1.0, time)
+        # Prompts come in whichever steps are the better ones.
+        most, rows = self._config.max_num_batched_tokens, math.ceil(num_decodes)
+        step_s = min(
+            self._step_s(load, num_device, num_decodes, 1.0, time, budget)
+            for budget in {most, load.small_budget(rows, rows, most)}
+        )
         if step_s * rotation_steps(self._model) > self._config.tpot_limit_s:
             return 0.0
         return num_decodes / step_s
@@ -126,6 +152,7 @@ class SteadyState:
         num_decodes: float,
         host_share: float,
         time: Callable[[SubBatchLoad], float],
+        most: int,
     ) -> float:
         """Return the mean time of the steady state's steps, with and without prompts.
 
@@ -139,11 +166,11 @@ class SteadyState:
             num_decodes: Tokens that a step decodes; each comes with its share of a prompt.
             host_share: Of the prompts, those that go to the host.
             time: Times a step, given without its host-resident decodes.
+            most: Tokens of prompts that a step computes, unless it needs more.
         """
         prompt = max(1, round(load.prompt_tokens))
         prompts_per_step = num_decodes / load.output_tokens
         tokens_per_step = prompts_per_step * prompt
-        most = self._config.max_num_batched_tokens
         chunk = max(min(prompt, most), round(tokens_per_step))
         share = min(1.0, tokens_per_step / chunk)
         plain = SubBatchLoad(num_gdec=num_device, gdec_tokens=num_device * load.resident_tokens)

@@ -39,11 +39,10 @@ from engine.scheduling.dealing import (
 from engine.scheduling.prompt_admission import take_prompts
 from engine.scheduling.rotating import form_rotation, lost_tokens
 from engine.scheduling.scheduler_config import FORCED_MODES, SchedulerConfig
+from engine.scheduling.steady_state import FEW_TILES
 from engine.scheduling.step_view import Choice, Draft, StepView
 from engine.step_plan import ScheduledRequest, StepMode, SubBatch
 
-_FEW_TILES = (2, 4, 8)
-"""Of `TILE_ROWS` rows each, in steps whose prompt tokens may cost less than in longer ones."""
 _FULL = 0.5
 """Of the decodes that the device holds: with fewer, prompts are what it lacks."""
 _LIMIT_PRECISION = 16
@@ -122,10 +121,9 @@ class StepFormer:
         return self._fit(view, lambda b: self._gpu_only(view, b, weight), less)
 
     def _small_budget(self, view: StepView, num_admitted: int, budget: int) -> int:
-        """Return the fewest tokens of prompts with which the device remains as full as it is.
+        """Return how many tokens of prompts to compute on the device alone.
 
-        Rows of prompts cost least where decodes alone leave the device's arithmetic idle: the first
-        tiles of each step. While requests wait for room, it is all the same which of them have it.
+        While requests wait for room, it is all the same which of them have it.
         """
         if num_admitted == len(view.waiting):
             return budget
@@ -133,9 +131,7 @@ class StepFormer:
         capacity = view.device_total * view.block_size // load.resident_tokens
         if len(view.gdec) < _FULL * capacity:
             return budget
-        least = load.prompt_tokens_beside(capacity)
-        rooms = (tiles * TILE_ROWS - len(view.gdec) for tiles in _FEW_TILES)
-        return next((room for room in rooms if least <= room < budget), budget)
+        return load.small_budget(len(view.gdec), capacity, budget)
 
     def _best_overlap(self, view: StepView, budget: int, weight: float) -> Draft | None:
         """Return the best step with rotating rows; prompts may go to the host beside them."""
@@ -158,7 +154,7 @@ class StepFormer:
         # What the step's decodes would take if there were nothing else to do.
         worth_s = bare.prediction.tokens_per_s * bare.prediction.step_s / bare.rate
         least = view.mean_load().prompt_tokens_beside(bare.rate * bare.prediction.step_s)
-        budgets = {self._overlap_budget(view, tiles * TILE_ROWS) for tiles in _FEW_TILES}
+        budgets = {self._overlap_budget(view, tiles * TILE_ROWS) for tiles in FEW_TILES}
         budgets.update(accumulate(item.num_tokens for item in draft.prompts if item.samples))
         drafts = [draft]
         for budget in sorted(budgets):

@@ -54,7 +54,7 @@ def test_the_number_on_the_host_is_found_at_both_ends(most) -> None:
 def test_prompts_in_many_chunks_gain_less_where_what_was_before_them_comes_back_slowly() -> None:
     load = MeanLoad(400, 1000, 200)
     lost = []
-    for bandwidth in (500e9, 50e9, 2e9):
+    for bandwidth in (50e9, 10e9):
         gains = []
         for budget in (256, 1024):
             config = SchedulerConfig(max_num_batched_tokens=budget)
@@ -63,7 +63,7 @@ def test_prompts_in_many_chunks_gain_less_where_what_was_before_them_comes_back_
             gains.append(steady.rotating_rate(load, 24, 150) / steady.rate(load, 24, 0))
         lost.append(gains[1] - gains[0])
     assert lost[0] < 0.02
-    assert lost[0] + 0.03 < lost[1] < lost[2] - 0.03
+    assert lost[1] > 0.05
 
 
 def test_a_rotation_is_emptied_once_its_prompts_do_not_pay_and_filled_again_if_they_do() -> None:

@@ -111,7 +111,7 @@ def test_rotating_rows_pay_on_a_fast_gpu_whose_steps_are_launched_at_once() -> N
     lengths = uniform(600, 1000, 200)
     options = {"device_tokens": 26_400, "host_tokens": 400_000, "max_num_batched_tokens": 1024}
     ratio, auto = gain(AT_ONCE, LLAMA3_8B, lengths, **options)
-    assert ratio > 1.06
+    assert ratio > 1.07
     assert auto.modes[StepMode.OVERLAP] > auto.modes[StepMode.ASYMMETRIC]
     assert auto.shares.cpu_busy > 0.4
 
