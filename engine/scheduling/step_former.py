@@ -129,7 +129,7 @@ class StepFormer:
             return budget
         load = view.mean_load()
         capacity = view.device_total * view.block_size // load.resident_tokens
-        if len(view.gdec) < _FULL * capacity:
+        if len(view.gdec) <= _FULL * capacity:
             return budget
         return load.small_budget(len(view.gdec), capacity, budget)
 
