@@ -162,11 +162,13 @@ def test_usual_steps_find_a_graph(num_gdec, prompts, num_visiting) -> None:
 def test_prompts_beside_a_rotation_fill_usual_graphs(num_gdec, num_visiting, start) -> None:
     chooser = shapes()
     usual = usual_shapes(rotates=True)
-    for num_rows in (256, 512, 1024):
+    for num_rows in (256, 512, 1024) if start else (256, 384, 512, 1024):
         room = prompt_room(num_rows, num_gdec, num_visiting)
         step = lane(gdec=[500] * num_gdec, cprf=[(start, room)])
-        assert chooser.choose([step], num_visiting, usual) in usual
-        assert chooser.choose([step], num_visiting, usual).num_rows == num_rows
+        found = chooser.choose([step], num_visiting, usual)
+        assert found in usual
+        assert found.num_rows == num_rows
+        assert bool(found.num_prefix) == bool(start)  # nobody waits for what is not there
 
 
 def test_decodes_beside_a_rotation_keep_to_few_rows() -> None:

@@ -49,6 +49,7 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "swap_nothing": lambda: checks.check_swap(0, device="cpu"),
     "handover": lambda: checks.check_handover(3, 2, width=72, device="cpu"),
+    "handover_few_programs": lambda: checks.check_handover(7, 6, device="cpu", max_programs=2),
     "handover_nothing": lambda: checks.check_handover(2, 0, device="cpu"),
     "host_pool_attention": lambda: checks.check_host_pool_attention(
         [17, 0, 1, 33, 30], group_size=3, head_dim=24, num_kv_heads=2, device="cpu"

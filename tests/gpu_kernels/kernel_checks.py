@@ -19,7 +19,7 @@ from gpu_kernels.few_rows import (
     skinny_linear_add_norm,
 )
 from gpu_kernels.greedy import TILE_N, greedy_tokens
-from gpu_kernels.handover import BELL_WORDS, receive_rows, send_rows
+from gpu_kernels.handover import BELL_WORDS, MAX_PROGRAMS, receive_rows, send_rows
 from gpu_kernels.kv_store import store_kv
 from gpu_kernels.kv_swap import NUM_PROGRAMS, swap_in_kv, swap_out_kv
 from gpu_kernels.norm import add_rms_norm, rms_norm
@@ -266,6 +266,7 @@ def check_handover(
     width: int = 96,
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
+    max_programs: int = MAX_PROGRAMS,
 ) -> None:
     """Sends rows to slot 1 of 3 and takes answers from there; the host's memory is pinned."""
     generator = torch.Generator().manual_seed(5)
@@ -284,7 +285,7 @@ def check_handover(
     bells, waited = host(3, 2, BELL_WORDS, dtype=torch.int32), host(1, dtype=torch.int64)
     src = torch.randn(num_rows, width + 8, generator=generator).to(dtype).to(device)[:, :width]
     parameters, counter = words(ticket, count, 1), words(0)
-    send_rows(rows, src, bells, parameters, counter, offset)
+    send_rows(rows, src, bells, parameters, counter, offset, max_programs=max_programs)
     if device == "cuda":
         torch.cuda.synchronize()
     expected = torch.zeros_like(rows)
@@ -300,10 +301,11 @@ def check_handover(
     receive = (dst, answers, bells, parameters, words(0, ticket, ticket + 99), waited, offset)
     if device == "cpu":
         bells[1, 1, 0] = word(ticket + offset)
-        receive_rows(*receive, limit_s=limit_s)
+        receive_rows(*receive, limit_s=limit_s, max_programs=max_programs)
     else:
         bells[1, 1, 0] = word(ticket)
-        receive_rows(*receive, limit_s=limit_s)  # waits for what comes next
+        # Waits for what comes next.
+        receive_rows(*receive, limit_s=limit_s, max_programs=max_programs)
         time.sleep(0.02)
         bells[1, 1, 0] = word(ticket + offset + 1)  # a later ticket counts, too
         torch.cuda.synchronize()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gpu_kernels.handover import BELL_WORDS, receive_rows
+from gpu_kernels.handover import BELL_WORDS, FEW_PROGRAMS, MAX_PROGRAMS, receive_rows
 from gpu_kernels.kv_swap import swap_in_kv, swap_out_kv
 from gpu_kernels.warmup import ModelShape, count_compiled_variants, precompile
 from tests.gpu_kernels.gpu import DTYPES, MARKS
@@ -83,8 +83,8 @@ def test_swap_out_and_in(pinned: bool, block_size: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("num_rows", "count"), [(1, 1), (5, 3), (64, 64), (200, 131), (9, 0)])
 def test_handover(num_rows: int, count: int, dtype: torch.dtype) -> None:
-    for width in (96, 6144):
-        check_handover(num_rows, count, width=width, dtype=dtype)
+    for width, max_programs in ((96, MAX_PROGRAMS), (6144, MAX_PROGRAMS), (6144, FEW_PROGRAMS)):
+        check_handover(num_rows, count, width=width, dtype=dtype, max_programs=max_programs)
 
 
 def test_a_wait_for_nobody_ends() -> None:
