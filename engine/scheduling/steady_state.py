@@ -46,14 +46,14 @@ class MeanLoad:
         return _LEAST_PROMPTS * num_decodes * self.prompt_tokens / self.output_tokens
 
     def small_budget(self, num_decodes: int, capacity: int, budget: int) -> int:
-        """Return the fewest tokens of prompts with which the device alone remains full.
+        """Return the fewest tokens of prompts with which new requests replace those that end.
 
         Rows of prompts cost least where decodes alone leave the device's arithmetic idle: the first
         tiles of each step.
 
         Args:
             num_decodes: In the step.
-            capacity: How many of them the device holds.
+            capacity: How many there may be.
             budget: Tokens of prompts, at most.
         """
         least = self.prompt_tokens_beside(capacity)
@@ -97,10 +97,12 @@ class SteadyState:
         def time(base: SubBatchLoad) -> float:
             return self._asymmetric_s(load, base, num_host)
 
-        most = self._config.max_num_batched_tokens
-        if not num_host:
-            most = load.small_budget(num_device, num_device, most)
-        step_s = self._step_s(load, num_device, num_decodes, num_host / num_decodes, time, most)
+        most, share = self._config.max_num_batched_tokens, num_host / num_decodes
+        small = load.small_budget(num_decodes, num_decodes, most)
+        step_s = min(
+            self._step_s(load, num_device, num_decodes, share, time, budget)
+            for budget in ({small, most} if num_host else {small})
+        )
         # The baseline has no choice: the limit rules out hosts' shares only.
         if num_host and step_s > self._config.tpot_limit_s:
             return 0.0

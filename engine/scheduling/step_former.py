@@ -78,7 +78,12 @@ class StepFormer:
         if view.rotates is not False:
             overlap = self._best_overlap(view, self._overlap_budget(view, self._max_rows), weight)
         if not view.rotates or (overlap is None and self._config.mode == "auto"):
-            asymmetric = self._best_asymmetric(view, budget - len(view.cdec), weight, alone)
+            drafts = [
+                self._best_asymmetric(view, tokens, weight, alone)
+                for tokens in self._asymmetric_budgets(view, budget - len(view.cdec))
+            ]
+            found = [draft for draft in drafts if draft is not None]
+            asymmetric = max(found, key=lambda draft: draft.merit, default=None)
         return self._choose(view, alone, asymmetric, overlap)
 
     def _choose(
@@ -208,6 +213,14 @@ class StepFormer:
         if rotation.rows and token_s > self._config.tpot_limit_s:
             draft.within_limit = False
         return draft
+
+    def _asymmetric_budgets(self, view: StepView, budget: int) -> list[int]:
+        """Return numbers of prompt tokens to try: all, and fewer where enough requests wait."""
+        if not view.waiting:
+            return [budget]
+        load, num_decodes = view.mean_load(), len(view.gdec) + len(view.cdec)
+        capacity = min(num_decodes + view.host_room, load.num_requests)
+        return sorted({budget, load.small_budget(num_decodes, capacity, budget)})
 
     def _best_asymmetric(
         self, view: StepView, budget: int, weight: float, baseline: Draft

@@ -51,7 +51,7 @@ def gain(*args, **options) -> tuple[float, Simulation]:
 def test_a_t4_with_54_device_blocks_gains_several_times() -> None:
     """50 GB of host KV for Llama-2-7B: 100,000 tokens."""
     ratio, auto = gain(T4, LLAMA2_7B, summarize_like(300), device_tokens=864, host_tokens=100_000)
-    assert ratio > 6.0
+    assert ratio > 7.5
     assert auto.modes[StepMode.ASYMMETRIC] > auto.modes[StepMode.GPU_ONLY]
 
 
@@ -63,10 +63,13 @@ def test_an_h200_with_26400_device_tokens_stays_gpu_only() -> None:
     assert ratio >= 0.99
 
 
-@pytest.mark.parametrize(("num_output", "least"), [(75, 1.08), (200, 1.25)])
-def test_an_a10g_with_many_cores_gains_in_between(num_output, least) -> None:
+@pytest.mark.parametrize(
+    ("cpu_bandwidth_bytes_s", "num_output", "least"),
+    [(150e9, 75, 1.08), (150e9, 200, 1.28), (75e9, 400, 1.3)],
+)
+def test_an_a10g_gains_in_between(cpu_bandwidth_bytes_s, num_output, least) -> None:
     ratio, auto = gain(
-        a10g(150e9),
+        a10g(cpu_bandwidth_bytes_s),
         LLAMA3_8B,
         uniform(150, 1000, num_output),
         device_tokens=26_400,
